@@ -1,0 +1,54 @@
+"""Bring the real host and the pack into this Python process: `boot()` once, before anything imports comfy."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PACK = "slipstream"
+
+
+def boot(host: str | None = None) -> None:
+    """Make `comfy` (from COMFYUI_PATH) and `slipstream` (this checkout) importable; on the CPU without a card."""
+    import torch
+
+    path = Path(host or os.environ.get("COMFYUI_PATH", ""))
+    if not (path / "comfy" / "samplers.py").is_file():
+        raise SystemExit("COMFYUI_PATH does not point at a ComfyUI checkout; `python dev.py test` sets one up.")
+    register_torchvision_schemas()
+    sys.path.insert(0, str(path))
+    import comfy.options
+
+    argv, sys.argv = sys.argv, ["main.py"] + ([] if torch.cuda.is_available() else ["--cpu"])
+    comfy.options.enable_args_parsing()
+    import comfy.cli_args  # reads sys.argv while it is imported
+
+    sys.argv = argv
+    import_pack()
+
+
+def register_torchvision_schemas() -> None:
+    """Declare the operators that a CUDA-built torchvision registers from C++, which fails beside a CPU torch."""
+    import torch
+
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    for name in ("nms", "qnms"):
+        try:
+            library.define(name + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        except RuntimeError:
+            pass  # a matching torchvision has registered it already
+    register_torchvision_schemas.library = library  # the schema lives as long as the library object
+
+
+def import_pack():
+    """Import this checkout under the name `slipstream`, whatever its folder is called."""
+    if PACK in sys.modules:
+        return sys.modules[PACK]
+    spec = importlib.util.spec_from_file_location(PACK, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[PACK] = module
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,1 @@
+"""The demonstration: a small trained model, the real host, one page of results."""

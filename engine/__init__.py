@@ -1,0 +1,1 @@
+"""The mathematics of caching and forecasting: pure torch, no host."""

@@ -1,0 +1,96 @@
+"""What a run tells the world: one small event per evaluation, one line of text on its nodes and in the log."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+from collections import OrderedDict
+
+log = logging.getLogger("slipstream")
+
+EVENT = "slipstream.evaluation"
+FINISHED = "slipstream.finished"
+
+# Reports are plain numbers, a few kB each; this many nodes' last runs are kept for the Report node and for a reload.
+KEPT_REPORTS = 64
+
+_reports: OrderedDict[str, dict] = OrderedDict()
+_lock = threading.Lock()
+
+
+def _server():
+    """The host's server if this process has one; tests and scripts have none."""
+    module = sys.modules.get("server")
+    return getattr(getattr(module, "PromptServer", None), "instance", None)
+
+
+def _send(name: str, data: dict) -> None:
+    server = _server()
+    if server is not None:
+        server.send_sync(name, data, server.client_id)
+
+
+def evaluation(run, now) -> None:
+    """Send what became of one evaluation to the canvas."""
+    if _server() is None:
+        return
+    _send(
+        EVENT,
+        {
+            "nodes": run.plan.node_ids,
+            "index": now.index,
+            "step": now.u,
+            "steps": run.clock.steps,
+            "action": now.action,
+            "order": now.order,
+            "drift": now.drift,
+            "seconds": now.seconds,
+            "reason": now.reason,
+        },
+    )
+
+
+def finished(run, report: dict) -> None:
+    """Keep the report for its nodes, write one line to the log and the same line onto the nodes."""
+    text = summary(report)
+    log.info("Slipstream: %s", text)
+    with _lock:
+        for node in run.plan.node_ids:
+            _reports[node] = report
+            _reports.move_to_end(node)
+        while len(_reports) > KEPT_REPORTS:
+            _reports.popitem(last=False)
+    server = _server()
+    if server is None:
+        return
+    numbers = {k: v for k, v in report.items() if k != "trace"}
+    _send(FINISHED, {"nodes": run.plan.node_ids, "text": text, **numbers, "drifts": [e.drift for e in run.evaluations]})
+    for node in run.plan.node_ids:
+        server.send_progress_text(text, node, server.client_id)
+
+
+def last_report(plan) -> dict | None:
+    """The report of the last run in this process whose plan had one of these nodes; None where there was none."""
+    with _lock:
+        found = [_reports[node] for node in plan.node_ids if node in _reports]
+    return found[-1] if found else None
+
+
+def summary(report: dict) -> str:
+    """One sentence for the node and the log."""
+    total, filled = report["evaluations"], report["filled"]
+    if not total:
+        return "no evaluation was made"
+    if not filled:
+        return f"computed all {total} evaluations of {report['sampler']} in {report['seconds']:.2f} s; {report['note']}"
+    drift = ""
+    if report["drift_mean"] is not None:
+        drift = (
+            f", the filled ones off by {100 * report['drift_mean']:.1f} % (at most {100 * report['drift_max']:.1f} %)"
+        )
+    return (
+        f"computed {report['computed']} of {total} evaluations of {report['sampler']}{drift}, "
+        f"{report['seconds']:.2f} s, about {report['seconds_saved']:.2f} s saved, "
+        f"cache {report['cache_bytes'] / 1e6:.1f} MB"
+    )

@@ -1,0 +1,85 @@
+"""Puts plans on the host's ModelPatcher, and opens a run when one of its samplers starts."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+
+import comfy.model_patcher
+from comfy.patcher_extension import WrappersMP
+
+from . import events, sites
+from .conflicts import refuse_other_cache
+from .errors import SlipstreamError
+from .plan import CacheConfig, Plan, PredictorConfig, check_cache, check_predictor, resolve
+from .run import Run
+from .sampling import Clock, sampler_traits
+
+log = logging.getLogger("slipstream")
+
+
+def plan_of(model) -> Plan:
+    """The plan on a ModelPatcher; an empty one where no Slipstream node was used."""
+    return model.get_attachment(sites.KEY) or Plan()
+
+
+def with_plan(model, plan: Plan):
+    """A clone of the ModelPatcher that carries this plan. The model given is left as it was."""
+    clone = model.clone()
+    clone.set_attachments(sites.KEY, plan)
+    clone.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, sites.KEY)
+    clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, sites.KEY, sample_with_plan)
+    return clone
+
+
+def add_cache(model, config: CacheConfig):
+    """A clone of the model with the Cache Loader's part added. Raises SlipstreamError."""
+    return _add(model, "Cache Loader", cache=check_cache(config))
+
+
+def add_predictor(model, config: PredictorConfig):
+    """A clone of the model with the Taylor Predictor's part added. Raises SlipstreamError."""
+    return _add(model, "Taylor Predictor", predictor=check_predictor(config))
+
+
+def _add(model, node: str, **part):
+    plan = plan_of(model)
+    if any(getattr(plan, name) is not None for name in part):
+        raise SlipstreamError(f"{node}: this model already went through a {node}; remove one of the two.")
+    refuse_other_cache(node, model.model_options, model.wrappers)
+    return with_plan(model, dataclasses.replace(plan, **part))
+
+
+def sample_with_plan(executor, *args, **kwargs):
+    """OUTER_SAMPLE wrapper: the host's sampling with the plan of its model; everything is freed whatever happens."""
+    guider = executor.class_obj
+    run = open_run(guider, args, kwargs)
+    original = guider.model_options
+    guider.model_options = comfy.model_patcher.create_model_options_clone(original)
+    sites.attach(run, guider)
+    try:
+        result = executor(*args, **kwargs)
+    except BaseException:
+        log.info("Slipstream: stopped after %d evaluations", len(run.evaluations))
+        raise
+    else:
+        events.finished(run, run.report())
+        return result
+    finally:
+        guider.model_options = original
+        run.close()
+
+
+def open_run(guider, args: tuple, kwargs: dict) -> Run:
+    """The run for this sampling, from the guider's model and the arguments of its `outer_sample`."""
+    sampler = kwargs["sampler"] if "sampler" in kwargs else args[2]
+    sigmas = kwargs["sigmas"] if "sigmas" in kwargs else args[3]
+    patcher = guider.model_patcher
+    plan = plan_of(patcher)
+    node = "Cache Loader" if plan.cache is not None else "Taylor Predictor"
+    refuse_other_cache(node, guider.model_options, {})
+    cache = resolve(plan)
+    model_sampling = patcher.get_model_object("model_sampling")
+    window = tuple(float(model_sampling.percent_to_sigma(p)) for p in (cache.start_percent, cache.end_percent))
+    clock = Clock(tuple(float(s) for s in sigmas))
+    return Run(plan, clock, sampler_traits(sampler), window, type(patcher.model).__name__)

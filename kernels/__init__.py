@@ -1,0 +1,1 @@
+"""One operation, one numeric contract: `reference.py` states it, faster implementations must agree with it."""

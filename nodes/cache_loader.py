@@ -1,0 +1,107 @@
+"""Cache Loader: skip model evaluations that barely change the picture, within a drift budget."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from ..host.patcher import add_cache
+from ..host.plan import METHODS, PRESETS, CacheConfig
+from .schema import schema, widget
+
+
+class CacheLoader(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        default = PRESETS["Balanced"]
+        return schema(
+            node_id="SlipstreamCacheLoader",
+            display_name="Cache Loader",
+            description=(
+                "Skips the model at steps where its output can be reused, and shows how far that was off. "
+                "Place it after the model loader and LoRAs. Add a Taylor Predictor to skip more at the same error."
+            ),
+            search_aliases=["teacache", "easycache", "magcache", "deepcache", "speed", "faster", "cache"],
+            inputs=[
+                io.Model.Input("model"),
+                widget(
+                    io.Combo.Input,
+                    "preset",
+                    options=list(PRESETS),
+                    default="Balanced",
+                    tooltip=(
+                        "Balanced suits most. Safe skips less, Fast more. Custom uses the values below; the other "
+                        "presets set them for you. Off skips nothing but still counts and times the run."
+                    ),
+                ),
+                widget(
+                    io.Combo.Input,
+                    "method",
+                    options=list(METHODS),
+                    default="auto",
+                    advanced=True,
+                    tooltip=(
+                        "How the steps to skip are chosen (Custom only). auto: drift budget, from the error measured "
+                        "while sampling. interval: every (max_skip + 1)-th step is computed. accumulated change: "
+                        "from how far the latent has moved."
+                    ),
+                ),
+                widget(
+                    io.Float.Input,
+                    "drift_budget",
+                    default=default["drift_budget"],
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    advanced=True,
+                    tooltip=(
+                        "How far one skipped output may be off, relative to its size (Custom only). "
+                        "0.05 is careful, 0.10 balanced, 0.20 fast, 0 skips nothing."
+                    ),
+                ),
+                widget(
+                    io.Float.Input,
+                    "start_percent",
+                    default=default["start_percent"],
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    advanced=True,
+                    tooltip="Skipping starts here, as a fraction of the sampling (Custom only). Try 0.15 for video.",
+                ),
+                widget(
+                    io.Float.Input,
+                    "end_percent",
+                    default=default["end_percent"],
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    advanced=True,
+                    tooltip="Skipping ends here (Custom only). The last step is always computed. Try 0.9 for detail.",
+                ),
+                widget(
+                    io.Int.Input,
+                    "max_skip",
+                    default=default["max_skip"],
+                    min=1,
+                    max=20,
+                    advanced=True,
+                    tooltip="At most this many steps are skipped in a row (Custom only). 3 is careful, 6 is fast.",
+                ),
+            ],
+            outputs=[io.Model.Output(tooltip="The model; nothing happens until a sampler runs.")],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def validate_inputs(cls, preset: str) -> bool | str:
+        # One argument only: the host repeats the sentence once for every argument named here.
+        if preset is not None and preset not in PRESETS:
+            return f"Cache Loader: there is no preset '{preset}'; choose one of {', '.join(PRESETS)}."
+        return True
+
+    @classmethod
+    def execute(cls, model, preset, method, drift_budget, start_percent, end_percent, max_skip) -> io.NodeOutput:
+        config = CacheConfig(
+            preset, method, drift_budget, start_percent, end_percent, max_skip, str(cls.hidden.unique_id or "")
+        )
+        return io.NodeOutput(add_cache(model, config))
