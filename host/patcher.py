@@ -78,8 +78,9 @@ def open_run(guider, args: tuple, kwargs: dict) -> Run:
     plan = plan_of(patcher)
     node = "Cache Loader" if plan.cache is not None else "Taylor Predictor"
     refuse_other_cache(node, guider.model_options, {})
-    cache = resolve(plan)
+    traits = sampler_traits(sampler)
+    cache = resolve(plan, traits)
     model_sampling = patcher.get_model_object("model_sampling")
     window = tuple(float(model_sampling.percent_to_sigma(p)) for p in (cache.start_percent, cache.end_percent))
     clock = Clock(tuple(float(s) for s in sigmas))
-    return Run(plan, clock, sampler_traits(sampler), window, type(patcher.model).__name__)
+    return Run(plan, clock, traits, window, type(patcher.model).__name__)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from ..engine.predictors import Predictor
 from ..engine.schedules import AccumulatedChange, DriftBudget, Interval, Schedule
 from .errors import SlipstreamError
+from .sampling import Sampler
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +72,10 @@ PRESETS: dict[str, dict] = {
     "Off": {"drift_budget": 0.0},
 }
 
+# Plain reuse errs the same way at every step it fills, so its errors add up: presets give it this share of the budget.
+# With it a Cache Loader alone is about as good as fewer steps at equal evaluations; with the whole budget it was worse.
+REUSE_SHARE = 0.5
+
 METHODS = ("auto", "drift budget", "interval", "accumulated change")
 KINDS = {"Taylor": "newton", "TaylorSeer": "taylorseer", "Reuse": "reuse"}
 
@@ -123,16 +128,19 @@ def schedule_for(cache: CacheConfig) -> Schedule | None:
     return DriftBudget(cache.drift_budget)
 
 
-def predictor_for(config: PredictorConfig | None, stochastic: bool) -> Predictor:
+def predictor_for(config: PredictorConfig | None, sampler: Sampler) -> Predictor:
     """The predictor for a run: without a Taylor Predictor, and for samplers that add noise, plain reuse.
 
     With fresh noise between steps reuse beat every extrapolation tried (research on analytic flows, 8.7).
     """
-    if config is None or stochastic or config.kind == "Reuse" or config.order == 0:
+    if config is None or sampler.stochastic or config.kind == "Reuse" or config.order == 0:
         return Predictor("reuse", 0)
     return Predictor(KINDS[config.kind], 1 if config.order < 0 else config.order)
 
 
-def resolve(plan: Plan) -> CacheConfig:
-    """The cache part in force: a Taylor Predictor alone implies a Balanced cache."""
-    return plan.cache or check_cache(CacheConfig())
+def resolve(plan: Plan, sampler: Sampler) -> CacheConfig:
+    """The cache part in force: a Taylor Predictor alone implies Balanced, and reuse gets its smaller preset budget."""
+    cache = plan.cache or check_cache(CacheConfig())
+    if cache.preset != "Custom" and not sampler.stochastic and predictor_for(plan.predictor, sampler).order == 0:
+        return dataclasses.replace(cache, drift_budget=cache.drift_budget * REUSE_SHARE)
+    return cache

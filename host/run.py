@@ -49,12 +49,12 @@ class Run:
 
     def __init__(self, plan: Plan, clock: Clock, sampler: Sampler, sigma_window: tuple[float, float], label: str = ""):
         self.plan = plan
-        self.cache = resolve(plan)
+        self.cache = resolve(plan, sampler)
         self.clock = clock
         self.sampler = sampler
         self.sigma_window = sigma_window
         self.label = label
-        self.predictor = predictor_for(plan.predictor, sampler.stochastic)
+        self.predictor = predictor_for(plan.predictor, sampler)
         self.schedule = schedule_for(self.cache)
         self.note = self._why_nothing()
         self.level: str | None = sites.DENOISED if sampler.stochastic else None
@@ -126,8 +126,8 @@ class Run:
         if self.clock.steps <= ONE_SKIP_STEPS and any(e.fill for e in self.evaluations):
             return False, f"at {self.clock.steps} steps one is skipped at most"
         order = self.predictor.weights(trace.times, u)[1]
-        if order < self.predictor.order:
-            return False, "too far for the forecast's order"
+        if order == 0 < self.predictor.order:
+            return False, "too far ahead for a forecast"
         if not self.schedule.skip(trace, u, order):
             return False, "schedule"
         return True, "within budget"

@@ -54,6 +54,7 @@ NOISY = ("ancestral", "sde", "lcm", "ddpm", "seeds_", "sa_solver")
 # These choose their steps from the outputs or do not follow the schedule, so no step coordinate fits them.
 UNSERVED = {
     "dpm_adaptive": "it chooses its own steps from the outputs, and a forecast would mislead that choice",
+    "dpm_fast": "it spends its evaluations on a few large steps of its own, and none of them is spare",
 }
 
 

@@ -1,0 +1,98 @@
+"""Hazards H20 to H26: every conditioning has a history of its own, and a change of what is active voids forecasts."""
+
+from __future__ import annotations
+
+import comfy.samplers
+import pytest
+import torch
+from lab import relative
+from slipstream.demo import emoji
+
+import node_helpers
+
+
+def test_h20_cfg_1_to_3_to_1(lab):
+    used = lab.every(lab.flux)
+    for cfg in (1.0, 3.0, 1.0):
+        with lab.calls(used) as runs:
+            result = lab.sample(used, cfg=cfg)
+        assert torch.equal(result, lab.sample(lab.every(lab.flux), cfg=cfg))
+        assert set(runs) == {1 if cfg == 1.0 else 2} and len(runs) == lab.report(used)["computed"] < 16
+
+
+class GuiderThatTurnsCfgOn(comfy.samplers.CFGGuider):
+    """cfg 1 at first, 3 below sigma 0.5: the negative appears in the middle of the run."""
+
+    def predict_noise(self, x, timestep, model_options={}, seed=None):  # noqa: B006  the host's signature
+        self.cfg = 1.0 if float(timestep[0]) > 0.5 else 3.0
+        return super().predict_noise(x, timestep, model_options, seed)
+
+
+def guided(lab, model, steps=16):
+    guider = GuiderThatTurnsCfgOn(model)
+    guider.set_conds(emoji.conditioning("hamburger"), emoji.conditioning(""))
+    latent = lab.latent(model)
+    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", steps)
+    noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        return guider.sample(noise, latent, comfy.samplers.sampler_object("euler"), sigmas, disable_pbar=True, seed=1)
+
+
+def test_h21_cfg_appears_in_mid_run(lab, split):
+    model = lab.every(lab.flux)
+    result = guided(lab, model)
+    trace = lab.report(model)["trace"]
+    changed = [e for e in trace if e["reason"] == "the active conditioning changed"]
+    assert len(changed) == 1 and changed[0]["action"] == "computed"
+    assert changed[0]["sigma"] <= 0.5 < trace[changed[0]["index"] - 1]["sigma"]
+    assert sum(e["action"] != "computed" for e in trace) >= 6
+    assert relative(result, guided(lab, lab.flux)) < 0.2
+    split()
+    assert relative(guided(lab, model), result) < 1e-5
+
+
+def scheduled():
+    """One prompt until the middle, another from there on, with no gap."""
+    first = node_helpers.conditioning_set_values(emoji.conditioning("cat face"), {"end_percent": 0.5})
+    second = node_helpers.conditioning_set_values(
+        emoji.conditioning("red heart"), {"start_percent": 0.5, "end_percent": 1.0}
+    )
+    return first + second
+
+
+@pytest.mark.parametrize("cfg", [1.0, 3.0])
+def test_h22_a_prompt_schedule_computes_the_new_prompt(lab, split, cfg):
+    model = lab.every(lab.flux)
+    result = lab.sample(model, positive=scheduled(), cfg=cfg)
+    trace = lab.report(model)["trace"]
+    changed = [e["index"] for e in trace if e["reason"] == "the active conditioning changed"]
+    assert changed and all(trace[i]["action"] == "computed" for i in changed)
+    assert sum(e["action"] != "computed" for e in trace) >= 5
+    plain = lab.sample(lab.flux, positive=scheduled(), cfg=cfg)
+    unchanged = lab.sample(lab.flux, positive=emoji.conditioning("cat face"), cfg=cfg)
+    assert relative(result, plain) < 0.5 * relative(unchanged, plain)  # the second prompt has taken effect
+    split()
+    assert relative(lab.sample(model, positive=scheduled(), cfg=cfg), result) < 1e-5
+
+
+def test_h26_images_of_a_batch_share_only_the_decision(lab):
+    model = lab.every(lab.flux)
+    alone = lab.sample(model, prompts=["cat face"])  # the first row of the noise does not depend on the batch size
+    both = lab.sample(model, prompts=["cat face", "red heart"])
+    assert lab.report(model)["filled"] >= 8
+    assert relative(both[:1], alone) < 1e-5
+
+
+def test_h26_the_decision_is_the_worst_of_the_batch(lab):
+    model = lab.fast(lab.flux)
+
+    def first_drift(prompts):
+        lab.sample(model, prompts=prompts)
+        return lab.report(model)["trace"][1]["drift"]
+
+    drifts = {}
+    for second in ("red heart", "panda", "strawberry"):
+        drifts[second] = first_drift(["cat face", second])
+    alone = first_drift(["cat face"])
+    assert all(d >= alone * (1 - 1e-5) for d in drifts.values())
+    assert len({round(d, 6) for d in drifts.values()}) > 1  # the second picture does count
