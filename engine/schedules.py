@@ -27,14 +27,15 @@ class Drift:
 class Trace:
     """What one run has seen; the run writes it, schedules read it.
 
-    times: u of the computed evaluations whose snapshots are still held, oldest first; steps: length of the schedule.
+    times: u of the computed evaluations whose snapshots are still held, oldest first; computed: how many there were;
+    steps: length of the schedule.
     `moved` sums the mean |x_i - x_{i-1}| of the network's input since the last computed evaluation, worst row; `rate`
     is the relative L1 change of the output per unit of that movement, between the last two computed evaluations.
     """
 
     steps: int
     times: list[float] = field(default_factory=list)
-    filled_in_row: int = 0
+    computed: int = 0
     drifts: list[Drift] = field(default_factory=list)
     moved: float = 0.0
     rate: float | None = None

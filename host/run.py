@@ -119,8 +119,8 @@ class Run:
             return False, "last step"
         if sigma > start or sigma < end:
             return False, "outside start and end percent"
-        if len(trace.times) < self.predictor.anchors:
-            return False, "first evaluations"
+        if trace.computed < self.predictor.anchors + 1:
+            return False, "first evaluations"  # one more than the order needs, so that a forecast was measured once
         if u - trace.times[-1] > self.cache.max_skip + SAME_TIME:
             return False, "max skip"
         if self.clock.steps <= ONE_SKIP_STEPS and any(e.fill for e in self.evaluations):
@@ -140,9 +140,7 @@ class Run:
         batch, self._batches = self._batches, self._batches + 1
         if self._active.setdefault(batch, active) != active:
             self._active[batch] = active
-            self.trace.times.clear()
-            self.trace.drifts.clear()
-            self.trace.rate = None
+            self.trace = Trace(self.clock.steps)
             self.streams.clear()
             if not self._orders:
                 self.current.fill, self.current.reason = False, "the active conditioning changed"
@@ -159,7 +157,6 @@ class Run:
         if filled:
             now.order = max(self._orders)
             now.action = "forecast" if now.order else "reused"
-            self.trace.filled_in_row += 1
         else:
             now.fill, now.action = False, "computed"
             self._learn(now)
@@ -182,8 +179,8 @@ class Run:
             moved = _movement(self._x, self._x_computed)
             trace.rate = _largest(self._changes) / moved if moved > 0 else None
         self._x_computed = self._x
+        trace.computed += 1
         trace.moved = 0.0
-        trace.filled_in_row = 0
         kept = [t for t in trace.times if abs(t - now.u) >= SAME_TIME]
         trace.times = [*kept, now.u][-self.predictor.anchors :]
         self.peak_bytes = max(self.peak_bytes, sum(h.nbytes for h in self.streams.values()))
