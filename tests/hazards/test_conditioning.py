@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import comfy.samplers
+import node_helpers
 import pytest
 import torch
 from lab import relative
 from slipstream.demo import emoji
-
-import node_helpers
 
 
 def test_h20_cfg_1_to_3_to_1(lab):

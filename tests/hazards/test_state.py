@@ -323,7 +323,9 @@ def test_h18_no_mutable_module_globals():
             for node in tree.body:
                 value = getattr(node, "value", None)
                 names = [t.id for t in getattr(node, "targets", [getattr(node, "target", None)]) if hasattr(t, "id")]
-                empty = isinstance(value, ast.List | ast.Dict) and not (getattr(value, "elts", []) + getattr(value, "keys", []))
+                empty = isinstance(value, ast.List | ast.Dict) and not (
+                    getattr(value, "elts", []) + getattr(value, "keys", [])
+                )
                 made = isinstance(value, ast.Call) and getattr(value.func, "id", "") in (
                     "dict", "list", "set", "OrderedDict", "defaultdict", "Counter", "deque", "WeakKeyDictionary",
                 )  # fmt: skip

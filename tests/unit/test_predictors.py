@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from slipstream.engine.history import History
 from slipstream.engine.metrics import psnr, relative_error, relative_l1, ssim
-from slipstream.engine.predictors import LEBESGUE_LIMIT, Predictor, newton, reuse, taylorseer
+from slipstream.engine.predictors import LEBESGUE_LIMIT, Predictor, newton, taylorseer
 from slipstream.engine.schedules import AccumulatedChange, Drift, DriftBudget, Interval, Trace, span
 from slipstream.kernels.reference import weighted_sum
 

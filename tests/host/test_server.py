@@ -1,0 +1,218 @@
+"""The real server over HTTP: nodes registered, workflows from files, events, text on nodes, the report, refusals."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load, save_file
+
+from demo import workflow
+from demo.client import Client, PromptRefused
+from demo.server import ROOT, Server
+
+WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with Server(tmp_path_factory.mktemp("server") / "log.txt") as url:
+        yield url
+
+
+def talk(url, conversation):
+    async def run():
+        async with Client(url) as client:
+            return await conversation(client, await client.object_info())
+
+    return asyncio.run(run())
+
+
+@pytest.fixture(scope="module")
+def prompt(server):
+    async def conversation(client, info):
+        return workflow.load(ROOT / "workflows" / "slipstream_demo.json", info)
+
+    return workflow.change(talk(server, conversation), "KSampler", steps=16)
+
+
+def run(url, graph):
+    return talk(url, lambda client, info: client.run(graph))
+
+
+def latent(url, graph):
+    async def conversation(client, info):
+        result = await client.run(graph)
+        files = [f for out in result.outputs.values() for f in out.get("latents", [])]
+        return load(await client.file(files[0]))["latent_tensor"]
+
+    return talk(url, conversation)
+
+
+def test_the_nodes_are_really_registered(server):
+    """A failing entrypoint only logs a warning, so the list is what counts."""
+
+    async def conversation(client, info):
+        return info
+
+    info = talk(server, conversation)
+    contract = json.loads((ROOT / "tests" / "unit" / "contract.json").read_text())
+    assert set(contract) <= set(info)
+    assert all(info[name]["category"] == "slipstream" for name in contract)
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda p: p.stem)
+def test_workflow_files_run_as_they_are(server, path):
+    async def conversation(client, info):
+        return await client.run(workflow.load(path, info))
+
+    assert talk(server, conversation).outputs
+
+
+def test_events_text_and_counts_agree(server, prompt):
+    result = run(server, workflow.change(prompt, "KSampler", seed=101))
+    evaluations = [data for kind, data in result.events if kind == "slipstream.evaluation"]
+    finished = [data for kind, data in result.events if kind == "slipstream.finished"]
+    counted = [data["evaluations"] for kind, data in result.events if kind == "slipstream_demo.count"]
+    computed = sum(e["action"] == "computed" for e in evaluations)
+    assert len(evaluations) == 16 and computed == counted[0] == finished[0]["computed"] < 16
+    nodes = [workflow.first(prompt, n) for n in ("SlipstreamCacheLoader", "SlipstreamTaylorPredictor")]
+    assert evaluations[0]["nodes"] == nodes
+    assert all(f"computed {computed} of 16" in result.texts[node] for node in nodes)
+
+
+def test_the_report_node_compares_and_saves(server):
+    async def conversation(client, info):
+        graph = workflow.load(ROOT / "workflows" / "slipstream_compare_demo.json", info)
+        key = workflow.first(graph, "SlipstreamReport")
+        result = await client.run(graph)
+        card = result.outputs[key]["images"][0]
+        numbers = await client.file({**card, "filename": card["filename"].replace(".png", ".json")})
+        return Image.open(io.BytesIO(await client.file(card))), json.loads(numbers)
+
+    card, numbers = talk(server, conversation)
+    assert card.size[0] > 500
+    assert numbers["run"]["computed"] < numbers["reference_run"]["computed"] == 28
+    assert numbers["latent_psnr_db"] > 40 and numbers["picture_ssim"] > 0.95
+    assert "evaluations computed" in numbers["verdict"]
+
+
+def advanced(graph, **values):
+    """KSampler replaced by KSamplerAdvanced with the same wires."""
+    key = workflow.first(graph, "KSampler")
+    old = graph[key]["inputs"]
+    inputs = {
+        k: old[k] for k in ("model", "positive", "negative", "latent_image", "sampler_name", "scheduler", "steps")
+    }
+    inputs |= {"cfg": 1.0, "noise_seed": 7, "add_noise": "enable", "start_at_step": 0, "end_at_step": 10000}
+    inputs |= {"return_with_leftover_noise": "disable", **values}
+    return {**graph, key: {"class_type": "KSamplerAdvanced", "inputs": inputs}}
+
+
+def custom(graph):
+    """KSampler replaced by SamplerCustomAdvanced and its helpers."""
+    key = workflow.first(graph, "KSampler")
+    old = graph[key]["inputs"]
+    wires = {k: old[k] for k in ("model", "positive", "negative")}
+    return {
+        **graph,
+        key: {
+            "class_type": "SamplerCustomAdvanced",
+            "inputs": {"noise": ["91", 0], "guider": ["92", 0], "sampler": ["93", 0], "sigmas": ["94", 0],
+                       "latent_image": old["latent_image"]},
+        },
+        "91": {"class_type": "RandomNoise", "inputs": {"noise_seed": 7}},
+        "92": {"class_type": "CFGGuider", "inputs": {"cfg": 2.0, **wires}},
+        "93": {"class_type": "KSamplerSelect", "inputs": {"sampler_name": "euler"}},
+        "94": {"class_type": "BasicScheduler",
+               "inputs": {"model": old["model"], "scheduler": "simple", "steps": 16, "denoise": 1.0}},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("change", [advanced, custom], ids=["KSamplerAdvanced", "SamplerCustomAdvanced"])
+def test_other_sampler_nodes(server, prompt, change):
+    result = run(server, change(prompt))
+    finished = [data for kind, data in result.events if kind == "slipstream.finished"]
+    assert finished[0]["filled"] >= 4 and finished[0]["evaluations"] == 16
+
+
+def test_ksampler_advanced_in_two_stages(server, prompt):
+    result = run(server, advanced(prompt, end_at_step=9, return_with_leftover_noise="enable"))
+    finished = [data for kind, data in result.events if kind == "slipstream.finished"]
+    assert finished[0]["evaluations"] == 9 and finished[0]["filled"] >= 1
+
+
+def test_two_samplers_in_one_prompt(server, prompt):
+    key, second = workflow.first(prompt, "KSampler"), "95"
+    first = prompt[key]
+    again = {"class_type": "KSampler", "inputs": {**first["inputs"], "latent_image": ["96", 0], "denoise": 0.6}}
+    larger = {
+        "class_type": "LatentUpscaleBy",
+        "inputs": {"samples": [key, 0], "upscale_method": "bilinear", "scale_by": 1.5},
+    }
+    graph = {**prompt, second: again, "96": larger}
+    graph[workflow.first(graph, "SaveLatent")] = {
+        "class_type": "SaveLatent", "inputs": {"samples": [second, 0], "filename_prefix": "slipstream_demo/latent"},
+    }  # fmt: skip
+    finished = [data for kind, data in run(server, graph).events if kind == "slipstream.finished"]
+    assert len(finished) == 2 and all(f["filled"] >= 2 for f in finished)
+
+
+def test_lora_loader_before_and_after(server, prompt, tmp_path):
+    folder = ROOT / ".dev" / "base" / "models" / "loras"
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(2)
+    layer = "diffusion_model.double_blocks.0.img_mlp.0"
+    save_file(
+        {
+            f"{layer}.lora_A.weight": torch.randn(4, 256, generator=generator) * 0.1,
+            f"{layer}.lora_B.weight": torch.randn(1024, 4, generator=generator) * 0.1,
+        },
+        folder / "slipstream_test.safetensors",
+    )
+    values = {"lora_name": "slipstream_test.safetensors", "strength_model": 1.0}
+    before = workflow.insert(prompt, "SlipstreamCacheLoader", "LoraLoaderModelOnly", **values)
+    after = workflow.insert(prompt, "KSampler", "LoraLoaderModelOnly", **values)
+    plain = latent(server, workflow.change(prompt, "KSampler", seed=31))
+    results = [latent(server, workflow.change(g, "KSampler", seed=31)) for g in (before, after)]
+    assert torch.equal(*results)
+    assert not torch.allclose(results[0], plain, atol=1e-3)
+    assert torch.equal(latent(server, workflow.change(prompt, "KSampler", seed=31, steps=16, cfg=1.0)), plain)
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"preset": "Ludicrous"}, "Cache Loader: there is no preset 'Ludicrous'; choose one of Balanced"),
+        ({"drift_budget": 4.0}, "drift_budget"),
+        ({"preset": "Custom", "start_percent": 0.9, "end_percent": 0.1}, "start_percent 0.9 is not before"),
+    ],
+)
+def test_bad_values_are_refused_before_any_step(server, prompt, values, sentence):
+    graph = workflow.change(workflow.change(prompt, "SlipstreamCacheLoader", **values), "KSampler", seed=77)
+    with pytest.raises(PromptRefused) as refused:
+        run(server, graph)
+    assert sentence in str(refused.value)
+    assert str(refused.value).count(sentence) == 1 or sentence == "drift_budget"
+
+
+def test_a_second_cache_is_refused_on_the_node(server, prompt):
+    values = {"reuse_threshold": 0.2, "start_percent": 0.15, "end_percent": 0.95, "verbose": False}
+    graph = workflow.insert(prompt, "SlipstreamCacheLoader", "EasyCache", **values)
+    with pytest.raises(PromptRefused, match="Cache Loader: EasyCache is already on this model"):
+        run(server, workflow.change(graph, "KSampler", seed=78))
+
+
+def test_help_pages_and_templates_are_served(server):
+    async def conversation(client, info):
+        page = await client.get("/extensions/ComfyUI-Slipstream/docs/SlipstreamCacheLoader.md")
+        return page.decode(), json.loads(await client.get("/workflow_templates"))
+
+    page, templates = talk(server, conversation)
+    assert page.startswith("# Cache Loader")
+    assert set(templates["ComfyUI-Slipstream"]) == {Path(p).stem for p in WORKFLOWS}
