@@ -1,0 +1,154 @@
+"""Train the demo's small Flux by flow matching on emoji pictures; a time budget instead of a step count.
+
+    python -m demo.models.train_flux --data package --minutes 75 --out trained
+
+`--data` is the unpacked npm package `emoji-datasource-google`; COMFYUI_PATH names the checkout whose `Flux` is used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+CONFIG = dict(
+    image_model="flux", in_channels=16, out_channels=16, vec_in_dim=64, context_in_dim=64, hidden_size=256,
+    mlp_ratio=4.0, num_heads=2, depth=2, depth_single_blocks=3, axes_dim=[16, 56, 56], theta=10000, patch_size=2,
+    qkv_bias=True, guidance_embed=False,
+)  # fmt: skip
+GROUPS = {"food-fruit", "food-prepared", "food-sweet", "animal-mammal"}
+FLUX_SCALE, FLUX_SHIFT = 0.3611, 0.1159  # comfy.latent_formats.Flux
+LEARNING_RATE, WARM_UP, BATCH = 8e-4, 150, 20
+EMPTY_PROMPTS, UNIFORM_TIMES, AVERAGE = 0.1, 0.15, 0.9985
+
+
+def load_pictures(package: Path) -> tuple[list[str], Tensor]:
+    """(names, pictures [N, 3, 64, 64] in [-1, 1] on white) of the smileys, fruit, food and mammals."""
+    from PIL import Image
+
+    names, pictures = [], []
+    for entry in sorted(json.loads((package / "emoji.json").read_text()), key=lambda e: e["image"]):
+        wanted = entry["category"] == "Smileys & Emotion" or entry["subcategory"] in GROUPS
+        if not (wanted and entry.get("has_img_google")):
+            continue
+        picture = Image.open(package / "img" / "google" / "64" / entry["image"]).convert("RGBA")
+        white = Image.new("RGBA", picture.size, "white")
+        white.alpha_composite(picture)
+        pictures.append(np.asarray(white.convert("RGB").resize((64, 64)), dtype=np.float32) / 127.5 - 1)
+        names.append((entry["name"] or entry["short_name"]).lower())
+    return names, torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
+
+
+def fit_vae(pictures: Tensor, channels: int = 16) -> dict[str, Tensor]:
+    """PCA of 4x4 patches, half whitened, so that latents have mean 0 and average variance 1."""
+    patches = F.pixel_unshuffle(pictures, 4).permute(0, 2, 3, 1).reshape(-1, 48).double()
+    mean = patches.mean(0)
+    values, vectors = torch.linalg.eigh((patches - mean).T @ (patches - mean) / len(patches))
+    values, vectors = values.flip(0)[:channels], vectors.flip(1)[:, :channels]
+    scale = values**0.25 * values.sqrt().mean().sqrt()
+    state = {"mu": mean, "enc": (vectors / scale).T, "dec": vectors * scale}
+    state |= {"scale": torch.tensor(FLUX_SCALE), "shift": torch.tensor(FLUX_SHIFT)}
+    return {name: value.float().contiguous() for name, value in state.items()}
+
+
+def encode(pictures: Tensor, vae: dict[str, Tensor]) -> Tensor:
+    """Latents as the network sees them: the linear code without the host's scale and shift."""
+    return torch.einsum("kc,bchw->bkhw", vae["enc"], F.pixel_unshuffle(pictures, 4) - vae["mu"][:, None, None])
+
+
+def initialise(network: torch.nn.Module) -> None:
+    """The usual DiT start: modulation and output are zero, so every block begins as the identity."""
+    for name, parameter in network.named_parameters():
+        if parameter.ndim == 2:
+            torch.nn.init.xavier_uniform_(parameter)
+        else:
+            torch.nn.init.constant_(parameter, 1.0 if name.endswith("scale") else 0.0)
+        if "_mod." in name or "modulation" in name or name.startswith("final_layer.linear"):
+            torch.nn.init.zeros_(parameter)
+    for embedder in (network.time_in, network.vector_in):
+        torch.nn.init.normal_(embedder.in_layer.weight, std=0.02)
+        torch.nn.init.normal_(embedder.out_layer.weight, std=0.02)
+
+
+def sample_times(count: int, generator: torch.Generator) -> Tensor:
+    """Logit-normal times, some of them uniform so that both ends are seen."""
+    times = torch.sigmoid(torch.randn(count, generator=generator))
+    uniform = torch.rand(count, generator=generator) < UNIFORM_TIMES
+    return torch.where(uniform, torch.rand(count, generator=generator), times)
+
+
+def learning_rate(step: int, progress: float) -> float:
+    """Warm-up, flat until 40 % of the time, then a cosine to 2 %."""
+    decay = 1.0 if progress < 0.4 else 0.02 + 0.49 * (1 + math.cos(math.pi * (progress - 0.4) / 0.6))
+    return LEARNING_RATE * min(1.0, (step + 1) / WARM_UP) * decay
+
+
+def train(data: Path, out: Path, minutes: float, resume: Path | None) -> None:
+    from bench.boot import boot
+
+    boot()
+    import comfy.ldm.flux.model
+    from slipstream.demo.emoji import encode_text
+
+    torch.manual_seed(0)
+    names, pictures = load_pictures(data)
+    vae = fit_vae(pictures)
+    latents = encode(pictures, vae)
+    texts = [encode_text(name) for name in names]
+    tokens, pooled = (torch.stack(column) for column in zip(*texts, strict=True))
+
+    network = comfy.ldm.flux.model.Flux(operations=torch.nn, dtype=torch.float32, **CONFIG)
+    initialise(network)
+    if resume is not None:
+        network.load_state_dict({k: v.float() for k, v in load_file(resume).items()})
+    average = copy.deepcopy(network)
+    optimiser = torch.optim.AdamW(network.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
+    generator = torch.Generator().manual_seed(1)
+    started, said, step, running = time.monotonic(), 0.0, 0, 0.0
+    while (elapsed := time.monotonic() - started) < minutes * 60:
+        for group in optimiser.param_groups:
+            group["lr"] = learning_rate(step, elapsed / (minutes * 60))
+        chosen = torch.randint(len(names), (BATCH,), generator=generator)
+        clean, noise = latents[chosen], torch.randn(BATCH, *latents.shape[1:], generator=generator)
+        told = (torch.rand(BATCH, generator=generator) >= EMPTY_PROMPTS).float()
+        t = sample_times(BATCH, generator)
+        mixed = torch.lerp(clean, noise, t[:, None, None, None])
+        optimiser.zero_grad(set_to_none=True)
+        with torch.autograd.graph.allow_mutation_on_saved_tensors():  # the host's blocks add residuals in place
+            velocity = network(mixed, t, tokens[chosen] * told[:, None, None], pooled[chosen] * told[:, None])
+            loss = F.mse_loss(velocity, noise - clean)
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimiser.step()
+        step += 1
+        with torch.no_grad():
+            keep = min(AVERAGE, (1 + step) / (10 + step))
+            torch._foreach_lerp_(list(average.parameters()), list(network.parameters()), 1 - keep)
+        running = loss.item() if step == 1 else 0.98 * running + 0.02 * loss.item()
+        if elapsed - said > 30:
+            said = elapsed
+            print(f"step {step}, {elapsed / 60:.1f} min, loss {running:.4f}", flush=True)
+    out.mkdir(parents=True, exist_ok=True)
+    weights = {name: value.to(torch.bfloat16).contiguous() for name, value in average.state_dict().items()}
+    save_file(weights, out / "tiny_flux_emoji.safetensors", metadata={"modelspec.title": "tiny flux, Noto emoji"})
+    save_file(vae, out / "tiny_emoji_vae_linear4x16.safetensors")
+    print(f"{step} steps, loss {running:.4f}; written to {out}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, default=75)
+    parser.add_argument("--resume", type=Path)
+    options = parser.parse_args()
+    train(options.data, options.out, options.minutes, options.resume)
