@@ -31,15 +31,22 @@ def boot(host: str | None = None) -> None:
 
 
 def register_torchvision_schemas() -> None:
-    """Declare the operators that a CUDA-built torchvision registers from C++, which fails beside a CPU torch."""
+    """Where torchvision's compiled part cannot load (built for a card, beside a CPU torch), declare its operators.
+
+    The host imports torchvision, which refuses to be imported without them; none of what we run calls them.
+    """
     import torch
 
+    found = importlib.util.find_spec("torchvision")
+    for compiled in Path(found.submodule_search_locations[0]).glob("_C.*") if found else ():
+        try:
+            torch.ops.load_library(str(compiled))
+            return
+        except OSError:
+            continue
     library = torch.library.Library("torchvision", "FRAGMENT")
     for name in ("nms", "qnms"):
-        try:
-            library.define(name + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        except RuntimeError:
-            pass  # a matching torchvision has registered it already
+        library.define(name + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     register_torchvision_schemas.library = library  # the schema lives as long as the library object
 
 

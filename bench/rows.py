@@ -16,6 +16,12 @@ def mean(values: Iterable[float]) -> float:
     return sum(numbers) / len(numbers)
 
 
+def mean_db(values: Iterable[float], ceiling: float = 100.0) -> float:
+    """Mean of PSNRs in which an identical result counts as `ceiling`; infinite where all are identical."""
+    numbers = list(values)
+    return math.inf if all(map(math.isinf, numbers)) else mean(min(v, ceiling) for v in numbers)
+
+
 def save(path: Path, rows: Sequence[dict]) -> None:
     """Write the rows under a temporary name, then rename; infinite numbers (identical results) become null."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -15,21 +15,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from .prompts import PROMPTS
+
+__all__ = ["FLUX", "MODELS", "PROMPTS", "VAE", "conditioning", "encode_text", "load_flux", "load_vae"]
+
 MODELS = Path(__file__).parent / "models"
 FLUX = MODELS / "tiny_flux_emoji.safetensors"
 VAE = MODELS / "tiny_emoji_vae_linear4x16.safetensors"
-
-# Eight prompts the model draws recognisably, one picture each in the demo and the benches.
-PROMPTS = (
-    "grinning face",
-    "smiling face with sunglasses",
-    "red heart",
-    "cat face",
-    "hamburger",
-    "strawberry",
-    "panda",
-    "red apple",
-)
 
 STOP_WORDS = frozenset(["with", "of", "the", "and", "a", "in", "on", "s", "an", "to"])
 MAX_WORDS, WIDTH = 8, 64

@@ -13,10 +13,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import load
 
-from bench.rows import mean, save, table
+from bench.rows import mean, mean_db, save, table
+from engine.metrics import psnr
 
 from . import workflow
 from .client import Client
+from .prompts import PROMPTS
 from .server import ROOT, Server
 
 OUT = ROOT / "demo" / "out"
@@ -24,17 +26,7 @@ WORKFLOW = ROOT / "workflows" / "slipstream_demo.json"
 MODEL = "tiny_flux_emoji"
 STEPS = 28
 
-# Two of the model's prompts a picture each in the figure; all of them count in the table.
-PROMPTS = (
-    "grinning face",
-    "smiling face with sunglasses",
-    "red heart",
-    "cat face",
-    "hamburger",
-    "strawberry",
-    "panda",
-    "red apple",
-)
+# How many of the pictures are in the figure; all of them count in the table.
 SHOWN = 4
 
 
@@ -113,13 +105,8 @@ async def sample(client: Client, graph: dict) -> tuple[torch.Tensor, bytes, int,
     return latent, await client.file(picture), counted[-1], result.seconds[workflow.first(graph, "KSampler")]
 
 
-def psnr(value: torch.Tensor, reference: torch.Tensor, peak: float) -> float:
-    mse = (value.double() - reference.double()).square().mean().item()
-    return 10 * math.log10(peak**2 / mse) if mse else math.inf
-
-
 def row(method: Method, done: list, truth: list[torch.Tensor]) -> dict:
-    scores = [psnr(d[0], t, (t.max() - t.min()).item()) for d, t in zip(done, truth, strict=True)]
+    scores = [psnr(d[0], t) for d, t in zip(done, truth, strict=True)]
     return {
         "name": method.name,
         "model": MODEL,
@@ -127,7 +114,7 @@ def row(method: Method, done: list, truth: list[torch.Tensor]) -> dict:
         "steps": method.steps,
         "evaluations": mean(d[2] for d in done),
         "seconds": mean(d[3] for d in done),
-        "psnr_db": mean(scores),
+        "psnr_db": mean_db(scores),
         "psnr_min_db": min(scores),
         "runs": len(done),
         "pictures": [d[1] for d in done[:SHOWN]],
