@@ -92,7 +92,7 @@ import sys
 class Blocked:
     def find_spec(self, name, *rest):
         if name.split('.')[0] in {blocked}:
-            raise ImportError(name + ' is blocked')
+            raise ModuleNotFoundError(name + ' is blocked')
 sys.meta_path.insert(0, Blocked())
 sys.path.insert(0, {root!r})
 from bench.boot import boot
