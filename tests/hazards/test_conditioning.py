@@ -8,6 +8,7 @@ import pytest
 import torch
 from lab import relative
 from slipstream.demo import emoji
+from slipstream.host.sampling import active_conditioning
 
 
 def test_h20_cfg_1_to_3_to_1(lab):
@@ -95,3 +96,17 @@ def test_h26_the_decision_is_the_worst_of_the_batch(lab):
     alone = first_drift(["cat face"])
     assert all(d >= alone * (1 - 1e-5) for d in drifts.values())
     assert len({round(d, 6) for d in drifts.values()}) > 1  # the second picture does count
+
+
+class Control:
+    """What `active_conditioning` reads of a ControlNet: its sigma range and the one before it in the chain."""
+
+    def __init__(self, start, end, previous=None):
+        self.timestep_range, self.previous_controlnet = (start, end), previous
+
+
+def test_h28_a_controlnet_that_starts_or_ends_changes_what_is_active():
+    chain = Control(0.8, 0.4, Control(1.0, 0.6))
+    seen = [active_conditioning([[{"uuid": "a", "control": chain}], None], s) for s in (0.9, 0.7, 0.5, 0.2)]
+    assert len(set(seen)) == 4
+    assert seen[1] == active_conditioning([[{"uuid": "a", "control": chain}], None], 0.75)
