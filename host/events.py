@@ -52,7 +52,7 @@ def evaluation(run, now) -> None:
 
 
 def finished(run, report: dict) -> None:
-    """Keep the report for its nodes, write one line to the log and the same line onto the nodes."""
+    """Keep the report for its nodes, write one line to the log and its gist onto the nodes."""
     text = summary(report)
     log.info("Slipstream: %s", text)
     with _lock:
@@ -67,7 +67,7 @@ def finished(run, report: dict) -> None:
     numbers = {k: v for k, v in report.items() if k != "trace"}
     _send(FINISHED, {"nodes": run.plan.node_ids, "text": text, **numbers, "drifts": [e.drift for e in run.evaluations]})
     for node in run.plan.node_ids:
-        server.send_progress_text(text, node, server.client_id)
+        server.send_progress_text(node_text(report), node, server.client_id)
 
 
 def last_report(plan) -> dict | None:
@@ -77,8 +77,19 @@ def last_report(plan) -> dict | None:
     return found[-1] if found else None
 
 
+def node_text(report: dict) -> str:
+    """The summary in two short lines, as much as a node shows; a run that skipped nothing gives its reason."""
+    if not report["filled"]:
+        return report.get("note") or summary(report)
+    drift = f", off by {100 * report['drift_mean']:.1f} %" if report["drift_mean"] is not None else ""
+    return (
+        f"computed {report['computed']} of {report['evaluations']}{drift}\n"
+        f"{report['seconds']:.2f} s, about {report['seconds_saved']:.2f} s saved"
+    )
+
+
 def summary(report: dict) -> str:
-    """One sentence for the node and the log."""
+    """One sentence for the log and the canvas."""
     total, filled = report["evaluations"], report["filled"]
     if not total:
         return "no evaluation was made"

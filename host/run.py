@@ -96,6 +96,8 @@ class Run:
 
     def begin(self, sigma: float, x: Tensor | None = None) -> None:
         """Open the evaluation at sigma and decide whether it may be filled. x is what the network will see."""
+        if not self.evaluations:
+            self._started = time.perf_counter()  # loading the model is not the sampler's time
         u = self.clock.u(sigma) if self.clock.decreasing else float(len(self.evaluations))
         if x is not None:
             if self._x is not None and self._x.shape == x.shape:
