@@ -169,11 +169,12 @@ class Run:
         """Take over what a computed evaluation has shown."""
         trace = self.trace
         if self._drifts:
-            now.drift = _largest([d for d, _, _ in self._drifts])
+            drift = _largest([d for d, _, _ in self._drifts])
             order = min(order for _, order, _ in self._drifts)
             reach = max(reach for _, _, reach in self._drifts)
-            if math.isfinite(now.drift):
-                trace.drifts.append(Drift(now.u, now.drift, order, reach))
+            if math.isfinite(drift):
+                now.drift = drift
+                trace.drifts.append(Drift(now.u, drift, order, reach))
                 self._estimate_filled(trace.drifts[-1])
             else:
                 trace.drifts.clear()

@@ -102,7 +102,7 @@ def _apply_model(run, executor, args, kwargs):
 
 
 def _per_row(sigma: Tensor, x: Tensor) -> Tensor:
-    return sigma.reshape(-1, *[1] * (x.ndim - 1))
+    return sigma.clamp_min(1e-6).reshape(-1, *[1] * (x.ndim - 1))  # a slope at sigma 0 would be 0 / 0
 
 
 def _split(parts: tuple[Tensor, ...], count: int) -> list[tuple[Tensor, ...]]:

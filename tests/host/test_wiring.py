@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import math
+
 import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
@@ -216,3 +219,15 @@ def test_reports_of_finished_runs_are_bounded(lab):
         OneRun.plan = Plan(CacheConfig(node_id=f"bound{i}"))
         events.finished(OneRun, {"evaluations": 0, "filled": 0})
     assert len(events._reports) == events.KEPT_REPORTS
+
+
+def test_a_model_that_returns_nan_is_computed_and_reported_as_json(lab):
+    """A forecast from NaN would spread it, and the browser cannot parse NaN or Infinity."""
+    model = lab.fast(lab.flux, drift_budget=1.0)
+
+    inner = model.clone()
+    inner.add_object_patch("diffusion_model.final_layer.forward", lambda x, vec, *a, **k: x[..., :64] * math.nan)
+    lab.sample(inner)
+    report = lab.report(inner)
+    assert report["filled"] == 0
+    json.dumps(report, allow_nan=False)
