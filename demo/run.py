@@ -53,11 +53,9 @@ def host_cache(name: str, **inputs):
     return lambda prompt: workflow.insert(plain(prompt), "KSampler", name, **values)
 
 
-def repaired_easycache(prompt: dict) -> dict:
-    prompt = workflow.insert(plain(prompt), "KSampler", "SlipstreamDemoCopyInput")
-    return workflow.insert(
-        prompt, "KSampler", "EasyCache", reuse_threshold=0.2, start_percent=0.15, end_percent=0.95, verbose=False
-    )
+def input_copied(edit):
+    """The same edit with the network's input copied before the cache that it adds."""
+    return lambda prompt: edit(workflow.insert(prompt, "KSampler", "SlipstreamDemoCopyInput"))
 
 
 METHODS = (
@@ -66,7 +64,7 @@ METHODS = (
     Method("fewer steps: euler 10", sampled("euler", 10), steps=10),
     Method("fewer steps: dpmpp_2m 12", sampled("dpmpp_2m", 12), "dpmpp_2m", 12),
     Method("EasyCache 0.2, as shipped", host_cache("EasyCache", reuse_threshold=0.2)),
-    Method("EasyCache 0.2, its input copied first", repaired_easycache),
+    Method("EasyCache 0.2, its input copied first", input_copied(host_cache("EasyCache", reuse_threshold=0.2))),
     Method("LazyCache 0.2", host_cache("LazyCache", reuse_threshold=0.2)),
     Method("Cache Loader", lambda prompt: workflow.bypass(prompt, "SlipstreamTaylorPredictor")),
     Method("Cache Loader + Taylor Predictor", lambda prompt: prompt),

@@ -11,7 +11,7 @@ from comfy.patcher_extension import WrappersMP
 from . import events, sites
 from .conflicts import refuse_other_cache
 from .errors import SlipstreamError
-from .plan import CacheConfig, Plan, PredictorConfig, check_cache, check_predictor, resolve
+from .plan import CacheConfig, Plan, PredictorConfig, check_cache, check_predictor
 from .run import Run
 from .sampling import Clock, sampler_traits
 
@@ -78,9 +78,6 @@ def open_run(guider, args: tuple, kwargs: dict) -> Run:
     plan = plan_of(patcher)
     node = "Cache Loader" if plan.cache is not None else "Taylor Predictor"
     refuse_other_cache(node, guider.model_options, {})
-    traits = sampler_traits(sampler)
-    cache = resolve(plan, traits)
-    model_sampling = patcher.get_model_object("model_sampling")
-    window = tuple(float(model_sampling.percent_to_sigma(p)) for p in (cache.start_percent, cache.end_percent))
     clock = Clock(tuple(float(s) for s in sigmas))
-    return Run(plan, clock, traits, window, type(patcher.model).__name__)
+    percent_to_sigma = patcher.get_model_object("model_sampling").percent_to_sigma
+    return Run(plan, clock, sampler_traits(sampler), percent_to_sigma, type(patcher.model).__name__)

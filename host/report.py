@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -56,7 +57,7 @@ def make_report(samples: dict, reference: dict, model, reference_model, vae, pre
     numbers["speed_up"] = _speed_up(numbers["run"], numbers["reference_run"])
     numbers["verdict"] = verdict(numbers)
     text = json.dumps(_finite(numbers), indent=1)
-    return (*_save(numbers, pictures, text, prefix),)
+    return _save(numbers, pictures, text, prefix)
 
 
 def verdict(numbers: dict) -> str:
@@ -117,8 +118,6 @@ def write(path: Path, data: bytes) -> None:
 
 
 def _as_image(png: bytes) -> Tensor:
-    import io
-
     import numpy as np
     from PIL import Image
 
@@ -130,8 +129,6 @@ def _as_image(png: bytes) -> Tensor:
 def draw(numbers: dict, pictures: list[Tensor] | None) -> bytes:
     """The card as PNG bytes: both pictures and their difference where a VAE was given, the strip of evaluations, the
     drift curve, and the verdict."""
-    import io
-
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -139,7 +136,7 @@ def draw(numbers: dict, pictures: list[Tensor] | None) -> bytes:
     figure = Figure(figsize=(9, (3.4 if pictures else 0) + (2.4 if run else 0) + 1.0), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(numbers["verdict"], fontsize=11)
-    parts = figure.subfigures(2 if pictures and run else 1, 1, squeeze=False, height_ratios=None)[:, 0]
+    parts = figure.subfigures(2 if pictures and run else 1, 1, squeeze=False)[:, 0]
     if pictures:
         _draw_pictures(parts[0], pictures)
     if run:

@@ -6,6 +6,7 @@ import math
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 from torch import Tensor
@@ -47,12 +48,16 @@ class Run:
     window, how many calls of the same kind came before in this evaluation, and the shape, dtype and device.
     """
 
-    def __init__(self, plan: Plan, clock: Clock, sampler: Sampler, sigma_window: tuple[float, float], label: str = ""):
+    def __init__(
+        self, plan: Plan, clock: Clock, sampler: Sampler, percent_to_sigma: Callable[[float], float], label: str = ""
+    ):
         self.plan = plan
         self.cache = resolve(plan, sampler)
         self.clock = clock
         self.sampler = sampler
-        self.sigma_window = sigma_window
+        self.sigma_window = tuple(
+            float(percent_to_sigma(p)) for p in (self.cache.start_percent, self.cache.end_percent)
+        )
         self.label = label
         self.predictor = predictor_for(plan.predictor, sampler)
         self.schedule = schedule_for(self.cache)

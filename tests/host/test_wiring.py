@@ -189,7 +189,9 @@ def test_models_that_return_several_tensors():
 
     cache = check_cache(CacheConfig("Custom", "interval", 1.0, max_skip=2))
     sigmas = [1.0 - i / 12 for i in range(13)]
-    run = Run(Plan(cache, PredictorConfig()), Clock(tuple(sigmas)), Sampler("euler"), (10.0, 0.0))
+    run = Run(
+        Plan(cache, PredictorConfig()), Clock(tuple(sigmas)), Sampler("euler"), lambda percent: 10.0 * (1 - percent)
+    )
     model, x = ListModel(run), [torch.ones(2, 3, 4), torch.ones(2, 5)]
     for sigma in sigmas[:-1]:
         options = {"sigmas": torch.tensor([sigma]), "cond_or_uncond": [1, 0], "uuids": ["n", "p"]}
