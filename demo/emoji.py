@@ -6,10 +6,12 @@ import re
 import zlib
 from pathlib import Path
 
+import comfy.latent_formats
 import comfy.model_detection
 import comfy.model_management
 import comfy.model_patcher
 import comfy.sd
+import comfy.supported_models
 import numpy as np
 import torch
 from safetensors.torch import load_file
@@ -17,10 +19,22 @@ from torch import Tensor
 
 from .prompts import PROMPTS
 
-__all__ = ["FLUX", "MODELS", "PROMPTS", "VAE", "conditioning", "encode_text", "load_flux", "load_vae"]
+__all__ = [
+    "FLUX",
+    "MODELS",
+    "PROMPTS",
+    "UNET",
+    "VAE",
+    "conditioning",
+    "encode_text",
+    "load_flux",
+    "load_unet",
+    "load_vae",
+]
 
 MODELS = Path(__file__).parent / "models"
 FLUX = MODELS / "tiny_flux_emoji.safetensors"
+UNET = MODELS / "tiny_sd15_emoji.safetensors"
 VAE = MODELS / "tiny_emoji_vae_linear4x16.safetensors"
 
 STOP_WORDS = frozenset(["with", "of", "the", "and", "a", "in", "on", "s", "an", "to"])
@@ -93,4 +107,34 @@ def load_vae(path: Path = VAE) -> comfy.sd.VAE:
 def load_flux(path: Path = FLUX) -> comfy.model_patcher.ModelPatcher:
     """The trained Flux through the host's own loader."""
     accept_small_flux()
+    return comfy.sd.load_diffusion_model(str(path))
+
+
+class TinySD15(comfy.supported_models.SD15):
+    """SD1.5 in every respect but its size and its latents, which are those of the Flux demo model."""
+
+    latent_format = comfy.latent_formats.Flux
+
+    def inpaint_model(self) -> bool:
+        return False  # the host takes more than four input channels for an inpaint model
+
+
+def accept_small_unet() -> None:
+    """Let the host's detection, which knows SD1.5 by its width of 320, take our narrow U-Net for one."""
+    original = comfy.model_detection.model_config_from_unet_config
+    if getattr(original, "slipstream_demo", False):
+        return
+
+    def configure(unet_config, *args, **kwargs):
+        if unet_config.get("model_channels") == 64 and unet_config.get("in_channels") == 16:
+            return TinySD15(unet_config)
+        return original(unet_config, *args, **kwargs)
+
+    configure.slipstream_demo = True
+    comfy.model_detection.model_config_from_unet_config = configure
+
+
+def load_unet(path: Path = UNET) -> comfy.model_patcher.ModelPatcher:
+    """The trained SD1.5-type U-Net through the host's own loader."""
+    accept_small_unet()
     return comfy.sd.load_diffusion_model(str(path))

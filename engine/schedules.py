@@ -31,6 +31,7 @@ class Trace:
     steps: length of the schedule.
     `moved` sums the mean |x_i - x_{i-1}| of the network's input since the last computed evaluation, worst row; `rate`
     is the relative L1 change of the output per unit of that movement, between the last two computed evaluations.
+    `accumulated` belongs to the schedules that add up a probe's change; it is 0 after a computed evaluation.
     """
 
     steps: int
@@ -39,6 +40,7 @@ class Trace:
     drifts: list[Drift] = field(default_factory=list)
     moved: float = 0.0
     rate: float | None = None
+    accumulated: float = 0.0
 
 
 def span(times: Sequence[float], u: float, order: int) -> float:
@@ -47,11 +49,26 @@ def span(times: Sequence[float], u: float, order: int) -> float:
 
 
 class Schedule(Protocol):
-    """`skip` says whether the evaluation at u may be filled by a forecast of this order."""
+    """`skip` says whether the evaluation at u may be filled by a forecast of this order.
+
+    needs_input_change: the run tracks how far the network's input moves. probe: what has to be looked at before the
+    decision stands (None: nothing), see `Probe`. spaced: the schedule chooses its own gaps, however long.
+    """
 
     needs_input_change: bool
+    probe: str | None
+    spaced: bool
 
     def skip(self, trace: Trace, u: float, order: int) -> bool: ...
+
+
+class Probe:
+    """What a gated schedule looks at, taken at the first block: a run hands its relative L1 change to `accept`."""
+
+    RESIDUAL = "residual of the first block, against the last computed one"
+    FORECAST = "output of the first block, against its own forecast"
+    MODULATED = "modulated input of the first block, against the previous evaluation's"
+    EMBEDDING = "time modulation of the first block, against the previous evaluation's"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +80,8 @@ class Interval:
 
     every: float
     needs_input_change: bool = False
+    probe: str | None = None
+    spaced: bool = True
 
     def skip(self, trace: Trace, u: float, order: int) -> bool:
         return u - trace.times[-1] < self.every - SAME_TIME
@@ -78,6 +97,8 @@ class AccumulatedChange:
 
     threshold: float
     needs_input_change: bool = True
+    probe: str | None = None
+    spaced: bool = False
 
     def skip(self, trace: Trace, u: float, order: int) -> bool:
         return trace.rate is not None and trace.rate * trace.moved < self.threshold
@@ -93,6 +114,8 @@ class DriftBudget:
 
     budget: float
     needs_input_change: bool = False
+    probe: str | None = None
+    spaced: bool = False
 
     def expected(self, trace: Trace, u: float, order: int) -> float:
         """Expected drift of a forecast for u; infinite where nothing comparable was measured."""
@@ -104,3 +127,140 @@ class DriftBudget:
 
     def skip(self, trace: Trace, u: float, order: int) -> bool:
         return self.expected(trace, u, order) <= self.budget
+
+
+@dataclass(frozen=True, slots=True)
+class KeySteps:
+    """Compute the listed steps and fill all others: a published list, a grid, a profile.
+
+    keys: step numbers from 0; a sampler that evaluates between the steps computes the first evaluation at or after
+    each key.
+    """
+
+    keys: tuple[int, ...]
+    needs_input_change: bool = False
+    probe: str | None = None
+    spaced: bool = True
+
+    def skip(self, trace: Trace, u: float, order: int) -> bool:
+        return not any(trace.times[-1] + SAME_TIME < key <= u + SAME_TIME for key in self.keys)
+
+
+def power_grid(steps: int, every: int, power: float, centre: int) -> tuple[int, ...]:
+    """DeepCache's non-uniform key steps (arXiv 2312.00858, released code): dense around `centre`, sparse away from it.
+
+    ceil(steps / every) indices `x^power + centre`, x even in the signed power; the power is lowered by 0.02 until all
+    are different. Raises ValueError where that does not succeed above power 1.
+    """
+
+    def signed(value: float, exponent: float) -> float:
+        return math.copysign(abs(value) ** exponent, value)
+
+    count = math.ceil(steps / every)
+    while power > 1.0:
+        low, high = signed(-centre, 1 / power), signed(steps - centre, 1 / power)
+        grid = [signed(low + (high - low) * i / count, power) + centre for i in range(count)]
+        keys = sorted({0, *(int(k) for k in grid[1:])})
+        if len(keys) == count:
+            return tuple(keys)
+        power -= 0.02
+    raise ValueError(f"no power grid of {count} different steps in {steps} around {centre}")
+
+
+def scaled_keys(keys: Sequence[int], length: int, steps: int) -> tuple[int, ...]:
+    """Key steps published for `length` steps, carried over to `steps` steps by their place in the schedule."""
+    return tuple(sorted({round(key * (steps - 1) / (length - 1)) for key in keys}))
+
+
+@dataclass(frozen=True, slots=True)
+class Magnitude:
+    """MagCache (NeurIPS 2025, arXiv 2506.09045): skip while the residual's magnitude is known to change little.
+
+    ratios: calibrated `|r_i| / |r_{i-1}|` per step, already fitted to the run's step count; the product since the last
+    computed step, R, gives the error |1 - R|, summed over the skipped steps. Computes in the first `retention` of the
+    steps, when the sum reaches `threshold`, and after `most` fills.
+    """
+
+    threshold: float
+    ratios: tuple[float, ...]
+    retention: float
+    most: int
+    needs_input_change: bool = False
+    probe: str | None = None
+    spaced: bool = True
+
+    def skip(self, trace: Trace, u: float, order: int) -> bool:
+        if u < self.retention * trace.steps:
+            return False
+        ratio, error = 1.0, 0.0
+        first, last = int(trace.times[-1] + SAME_TIME) + 1, int(u + SAME_TIME)
+        for step in range(first, last + 1):
+            ratio *= self.ratios[min(step, len(self.ratios) - 1)]
+            error += abs(1.0 - ratio)
+        return error < self.threshold and last - first < self.most
+
+
+def fitted_ratios(ratios: Sequence[float], steps: int) -> tuple[float, ...]:
+    """A MagCache table carried over to another step count: the nearest entry, as its authors do."""
+    top = max(steps - 1, 1)
+    return tuple(ratios[round(i * (len(ratios) - 1) / top)] for i in range(steps))
+
+
+@dataclass(frozen=True, slots=True)
+class FirstBlockGate:
+    """First-block cache (ParaAttention): fill while the first block's residual stays near the last computed one."""
+
+    threshold: float
+    probe: str | None = Probe.RESIDUAL
+    needs_input_change: bool = False
+    spaced: bool = False
+
+    def skip(self, trace: Trace, u: float, order: int) -> bool:
+        return True
+
+    def accept(self, trace: Trace, change: float) -> bool:
+        """Whether a fill stands, given the relative L1 change of the probe."""
+        return change < self.threshold
+
+
+@dataclass(frozen=True, slots=True)
+class ConfidenceGate:
+    """CG-Taylor (arXiv 2508.02240): fill while the first block's own forecast of `order` is near its true output."""
+
+    threshold: float
+    order: int = 1
+    probe: str | None = Probe.FORECAST
+    needs_input_change: bool = False
+    spaced: bool = False
+
+    def skip(self, trace: Trace, u: float, order: int) -> bool:
+        return True
+
+    def accept(self, trace: Trace, change: float) -> bool:
+        """Whether a fill stands, given the relative L1 error of the probe's forecast."""
+        return change < self.threshold
+
+
+@dataclass(frozen=True, slots=True)
+class ModulatedChange:
+    """TeaCache (CVPR 2025): fill while the rescaled change of the first block's modulated input adds up to little.
+
+    coefficients: the model's published polynomial, highest power first.
+    """
+
+    threshold: float
+    coefficients: tuple[float, ...]
+    probe: str | None = Probe.MODULATED
+    needs_input_change: bool = False
+    spaced: bool = False
+
+    def skip(self, trace: Trace, u: float, order: int) -> bool:
+        return True
+
+    def accept(self, trace: Trace, change: float) -> bool:
+        """Add this evaluation's change, in relative L1 to the previous evaluation; whether a fill still stands."""
+        value = 0.0
+        for coefficient in self.coefficients:
+            value = value * change + coefficient
+        trace.accumulated += abs(value)
+        return trace.accumulated < self.threshold

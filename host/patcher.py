@@ -6,14 +6,20 @@ import dataclasses
 import logging
 
 import comfy.model_patcher
+import torch
 from comfy.patcher_extension import WrappersMP
 
-from . import events, sites
+from . import blocks, events, sites, unet
+from .architectures import architecture_of
+from .blocks import FEATURES, STACK
+from .calls import PatchedForward
 from .conflicts import refuse_other_cache
 from .errors import SlipstreamError
 from .plan import CacheConfig, Plan, PredictorConfig, check_cache, check_predictor
+from .recipe import lacks, level_of
 from .run import Run
 from .sampling import Clock, sampler_traits
+from .unet import DEPTH, ENCODER
 
 log = logging.getLogger("slipstream")
 
@@ -27,9 +33,31 @@ def with_plan(model, plan: Plan):
     """A clone of the ModelPatcher that carries this plan. The model given is left as it was."""
     clone = model.clone()
     clone.set_attachments(sites.KEY, plan)
+    for key, forward in _patched_forwards(clone, plan).items():
+        clone.add_object_patch(key, forward)
     clone.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, sites.KEY)
     clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, sites.KEY, sample_with_plan)
     return clone
+
+
+def _network(patcher):
+    return patcher.get_model_object("diffusion_model")
+
+
+def _patched_forwards(patcher, plan: Plan) -> dict[str, PatchedForward]:
+    """The object patches that this plan's site needs on this model; none that are there already."""
+    network = _network(patcher)
+    row = architecture_of(network)
+    level = level_of(plan.cache or CacheConfig(), plan.predictor, row)
+    if lacks(level, row):
+        return {}
+    if level in (DEPTH, ENCODER):
+        patches = unet.patched_forwards(patcher, network)
+    elif level in (STACK, FEATURES):
+        patches = blocks.patched_forwards(patcher, network, row)
+    else:
+        return {}
+    return {key: forward for key, forward in patches.items() if not isinstance(forward.original, PatchedForward)}
 
 
 def add_cache(model, config: CacheConfig):
@@ -56,9 +84,11 @@ def sample_with_plan(executor, *args, **kwargs):
     run = open_run(guider, args, kwargs)
     original = guider.model_options
     guider.model_options = comfy.model_patcher.create_model_options_clone(original)
-    sites.attach(run, guider)
+    network = _network(guider.model_patcher)
+    sites.attach(run, guider, network)
     try:
-        result = executor(*args, **kwargs)
+        with sites.watching(run, network):
+            result = executor(*args, **kwargs)
     except BaseException:
         log.info("Slipstream: stopped after %d evaluations", len(run.evaluations))
         raise
@@ -79,5 +109,13 @@ def open_run(guider, args: tuple, kwargs: dict) -> Run:
     node = "Cache Loader" if plan.cache is not None else "Taylor Predictor"
     refuse_other_cache(node, guider.model_options, {})
     clock = Clock(tuple(float(s) for s in sigmas))
-    percent_to_sigma = patcher.get_model_object("model_sampling").percent_to_sigma
-    return Run(plan, clock, sampler_traits(sampler), percent_to_sigma, type(patcher.model).__name__)
+    sampling = patcher.get_model_object("model_sampling")
+    return Run(
+        plan,
+        clock,
+        sampler_traits(sampler),
+        sampling.percent_to_sigma,
+        type(patcher.model).__name__,
+        architecture_of(_network(patcher)),
+        lambda sigma: float(sampling.timestep(torch.tensor([sigma]))),
+    )

@@ -5,10 +5,8 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from ..engine.predictors import Predictor
-from ..engine.schedules import AccumulatedChange, DriftBudget, Interval, Schedule
 from .errors import SlipstreamError
-from .sampling import Sampler
+from .memory import DEVICES
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +14,9 @@ class CacheConfig:
     """The Cache Loader's part.
 
     drift_budget: relative L1 of the output, 0 skips nothing; start and end percent: the part of the sampling in which
-    evaluations may be filled, as the host counts it; max_skip: steps filled in a row, at most.
+    evaluations may be filled, as the host counts it; max_skip: steps filled in a row, at most, 0 takes the authors'
+    number; site: what is cached; depth: first blocks that always run, or the U-Net depth, -1 chooses; threshold: of the
+    gates, 0 takes the authors'; prior_noise: Faster Diffusion's injection.
     """
 
     preset: str = "Balanced"
@@ -26,15 +26,22 @@ class CacheConfig:
     end_percent: float = 1.0
     max_skip: int = 6
     node_id: str = ""
+    site: str = "auto"
+    depth: int = -1
+    threshold: float = 0.0
+    prior_noise: bool = False
+    cache_device: str = "auto"
+    memory_budget_mb: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class PredictorConfig:
-    """The Taylor Predictor's part. order -1 means automatic."""
+    """The Taylor Predictor's part. order -1 means automatic; scale: damping of Hermite."""
 
     kind: str = "Taylor"
     order: int = -1
     node_id: str = ""
+    scale: float = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,22 +69,46 @@ class Plan:
             raise SlipstreamError(f"Slipstream plan: {error} is not known to this version; update the pack.") from None
 
 
-# What a preset sets; Custom takes the node's own values, Off counts and times without skipping anything.
+# What a preset sets; Custom takes the node's own values, Off counts and times without skipping anything. Where the
+# cache lies is the user's in every preset.
 # Source of the numbers: `bench/fidelity.py` on the trained small Flux, 28 euler steps (README, table).
+_AUTO = {
+    "method": "auto", "start_percent": 0.0, "end_percent": 1.0, "site": "auto", "depth": -1, "threshold": 0.0,
+    "prior_noise": False,
+}  # fmt: skip
 PRESETS: dict[str, dict] = {
-    "Balanced": {"method": "auto", "drift_budget": 0.10, "start_percent": 0.0, "end_percent": 1.0, "max_skip": 6},
-    "Safe": {"method": "auto", "drift_budget": 0.05, "start_percent": 0.0, "end_percent": 1.0, "max_skip": 4},
-    "Fast": {"method": "auto", "drift_budget": 0.20, "start_percent": 0.0, "end_percent": 1.0, "max_skip": 6},
+    "Balanced": {**_AUTO, "drift_budget": 0.10, "max_skip": 6},
+    "Safe": {**_AUTO, "drift_budget": 0.05, "max_skip": 4},
+    "Fast": {**_AUTO, "drift_budget": 0.20, "max_skip": 6},
     "Custom": {},
-    "Off": {"drift_budget": 0.0},
+    "Off": {**_AUTO, "drift_budget": 0.0},
 }
 
-# Plain reuse errs the same way at every step it fills, so its errors add up: presets give it this share of the budget.
-# With it a Cache Loader alone is about as good as fewer steps at equal evaluations; with the whole budget it was worse.
-REUSE_SHARE = 0.5
+METHODS = (
+    "auto",
+    "drift budget",
+    "interval",
+    "accumulated change",
+    "power grid",
+    "key steps",
+    "first-block gate",
+    "confidence gate",
+    "modulated change",
+    "magnitude",
+)
+SITES = ("auto", "model output", "block stack", "last block", "U-Net depth", "U-Net encoder")
 
-METHODS = ("auto", "drift budget", "interval", "accumulated change")
-KINDS = {"Taylor": "newton", "TaylorSeer": "taylorseer", "Reuse": "reuse"}
+# What each kind is in the engine; per-token choice and the residual are ways to use a rule.
+KINDS = {
+    "Taylor": "newton",
+    "TaylorSeer": "taylorseer",
+    "Reuse": "reuse",
+    "Residual reuse": "reuse",
+    "Hermite": "hermite",
+    "Adams-Bashforth": "adams_bashforth",
+    "Chebyshev": "chebyshev",
+    "Per token": "taylorseer",
+}
 
 
 def check_cache(config: CacheConfig) -> CacheConfig:
@@ -102,8 +133,25 @@ def check_cache(config: CacheConfig) -> CacheConfig:
             f"{node}: start_percent {config.start_percent} is not before end_percent {config.end_percent}; "
             "set the start lower or the end higher."
         )
-    if not 1 <= config.max_skip <= 20:
-        raise SlipstreamError(f"{node}: max_skip is {config.max_skip}, but it must be between 1 and 20; try 6.")
+    if not 0 <= config.max_skip <= 20:
+        raise SlipstreamError(f"{node}: max_skip is {config.max_skip}, but it must be between 0 and 20; try 6.")
+    if config.site not in SITES:
+        raise SlipstreamError(f"{node}: there is no site '{config.site}'; choose one of {', '.join(SITES)}.")
+    if not -1 <= config.depth <= 99:
+        raise SlipstreamError(f"{node}: depth is {config.depth}, but it must be -1 (automatic) or 0 to 99; try 1.")
+    if not 0.0 <= config.threshold <= 10.0:
+        raise SlipstreamError(
+            f"{node}: threshold is {config.threshold}, but it must be between 0 (the authors') and 10; try 0."
+        )
+    if config.cache_device not in DEVICES:
+        raise SlipstreamError(
+            f"{node}: there is no cache device '{config.cache_device}'; choose one of {', '.join(DEVICES)}."
+        )
+    if not 0 <= config.memory_budget_mb <= 1_000_000:
+        raise SlipstreamError(
+            f"{node}: memory_budget_mb is {config.memory_budget_mb}, but it must be 0 (automatic) or a positive number "
+            "of megabytes; try 1000."
+        )
     return dataclasses.replace(config, **PRESETS[config.preset])
 
 
@@ -112,35 +160,8 @@ def check_predictor(config: PredictorConfig) -> PredictorConfig:
     node = "Taylor Predictor"
     if config.kind not in KINDS:
         raise SlipstreamError(f"{node}: there is no kind '{config.kind}'; choose one of {', '.join(KINDS)}.")
-    if config.order not in (-1, 0, 1, 2):
-        raise SlipstreamError(f"{node}: order is {config.order}, but it must be -1 (automatic), 0, 1 or 2.")
+    if config.order not in (-1, 0, 1, 2, 3):
+        raise SlipstreamError(f"{node}: order is {config.order}, but it must be -1 (automatic), 0, 1, 2 or 3.")
+    if not 0.1 <= config.scale <= 1.0:
+        raise SlipstreamError(f"{node}: scale is {config.scale}, but it must be between 0.1 and 1; try 0.5.")
     return config
-
-
-def schedule_for(cache: CacheConfig) -> Schedule | None:
-    """The schedule a checked config asks for; None where nothing may be skipped."""
-    if cache.drift_budget <= 0.0:
-        return None
-    if cache.method == "interval":
-        return Interval(cache.max_skip + 1)
-    if cache.method == "accumulated change":
-        return AccumulatedChange(cache.drift_budget)
-    return DriftBudget(cache.drift_budget)
-
-
-def predictor_for(config: PredictorConfig | None, sampler: Sampler) -> Predictor:
-    """The predictor for a run: without a Taylor Predictor, and for samplers that add noise, plain reuse.
-
-    With fresh noise between steps reuse beat every extrapolation tried (research on analytic flows, 8.7).
-    """
-    if config is None or sampler.stochastic or config.kind == "Reuse" or config.order == 0:
-        return Predictor("reuse", 0)
-    return Predictor(KINDS[config.kind], 1 if config.order < 0 else config.order)
-
-
-def resolve(plan: Plan, sampler: Sampler) -> CacheConfig:
-    """The cache part in force: a Taylor Predictor alone implies Balanced, and reuse gets its smaller preset budget."""
-    cache = plan.cache or check_cache(CacheConfig())
-    if cache.preset != "Custom" and not sampler.stochastic and predictor_for(plan.predictor, sampler).order == 0:
-        return dataclasses.replace(cache, drift_budget=cache.drift_budget * REUSE_SHARE)
-    return cache

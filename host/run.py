@@ -13,10 +13,15 @@ from torch import Tensor
 
 from ..engine.history import History
 from ..engine.metrics import worst_relative_l1
-from ..engine.predictors import SAME_TIME
-from ..engine.schedules import Drift, Trace, span
-from . import events, sites
-from .plan import Plan, predictor_for, resolve, schedule_for
+from ..engine.predictors import SAME_TIME, Predictor
+from ..engine.schedules import Drift, Interval, KeySteps, Magnitude, Probe, Trace, span
+from ..engine.token_select import candidates, choose, combine
+from . import events
+from .architectures import UNKNOWN, Architecture
+from .calls import Parts
+from .memory import Memory
+from .plan import Plan
+from .recipe import MAX_SKIP, MODEL_OUTPUT, resolve
 from .sampling import Clock, Sampler, active_conditioning
 
 # Distilled models: at 4 steps each one matters; up to 8 one reuse is the most that does no visible harm.
@@ -49,22 +54,39 @@ class Run:
     """
 
     def __init__(
-        self, plan: Plan, clock: Clock, sampler: Sampler, percent_to_sigma: Callable[[float], float], label: str = ""
+        self,
+        plan: Plan,
+        clock: Clock,
+        sampler: Sampler,
+        percent_to_sigma: Callable[[float], float],
+        label: str = "",
+        row: Architecture = UNKNOWN,
+        timestep_of: Callable[[float], float] | None = None,
     ):
         self.plan = plan
-        self.cache = resolve(plan, sampler)
         self.clock = clock
         self.sampler = sampler
+        self.recipe = resolve(plan, sampler, row, clock.steps)
+        self.cache = self.recipe.cache
+        self.percent_to_sigma = percent_to_sigma
+        self.timestep_of = timestep_of
         self.sigma_window = tuple(
             float(percent_to_sigma(p)) for p in (self.cache.start_percent, self.cache.end_percent)
         )
         self.label = label
-        self.predictor = predictor_for(plan.predictor, sampler)
-        self.schedule = schedule_for(self.cache)
+        self.predictor = self.recipe.predictor
+        self.schedule = self.recipe.schedule
+        self.probe = Probe.FORECAST if self.predictor.per_token else None
+        if self.schedule is not None and self.schedule.probe is not None:
+            self.probe = self.schedule.probe
         self.note = self._why_nothing()
-        self.level: str | None = sites.DENOISED if sampler.stochastic else None
+        self.inner = None  # the block or U-Net site, where the plan asks for one
+        # The model-output site finds its level at the first computed evaluation; inner sites have theirs.
+        self.level: str | None = None if self.recipe.level == MODEL_OUTPUT else self.recipe.level
+        self.memory = Memory(self.cache.cache_device, self.cache.memory_budget_mb)
         self.trace = Trace(clock.steps)
         self.streams: dict[StreamKey, History] = {}
+        self.probes: dict[StreamKey, History] = {}
         self.evaluations: list[Evaluation] = []
         self.current: Evaluation | None = None
         self.peak_bytes = 0
@@ -76,12 +98,16 @@ class Run:
         self._drifts: list[tuple[Tensor, int, float]] = []
         self._changes: list[Tensor] = []
         self._orders: list[int] = []
+        self._kept = False
+        self._gated = False
         self._x: Tensor | None = None
         self._x_computed: Tensor | None = None
         self._started = time.perf_counter()
 
     def _why_nothing(self) -> str:
         """The sentence that says why this run will skip nothing; empty where it may."""
+        if self.recipe.refusal:
+            return f"nothing is skipped: {self.recipe.refusal}"
         if self.schedule is None:
             return "nothing is skipped: the drift budget is 0"
         if self.sampler.unserved:
@@ -91,6 +117,14 @@ class Run:
         if self.clock.steps <= NEVER_SKIP_STEPS:
             return f"nothing is skipped: at {self.clock.steps} steps every one of them counts"
         return ""
+
+    def refuse(self, why: str) -> None:
+        """From now on everything is computed, and the node says why."""
+        self.note = f"nothing more is skipped: {why}"
+        if self.current is not None:
+            self.current.fill, self.current.reason = False, self.note
+        self.streams.clear()
+        self.probes.clear()
 
     # -- one evaluation ------------------------------------------------------------------------------------------
 
@@ -115,6 +149,7 @@ class Run:
         self._drifts.clear()
         self._changes.clear()
         self._orders.clear()
+        self._kept = self._gated = False
         self._evaluation_started = time.perf_counter()
 
     def _decide(self, u: float, sigma: float) -> tuple[bool, str]:
@@ -126,9 +161,9 @@ class Run:
             return False, "last step"
         if sigma > start or sigma < end:
             return False, "outside start and end percent"
-        if trace.computed < self.predictor.anchors + 1:
+        if trace.computed < self.predictor.needed + 1:
             return False, "first evaluations"  # one more than the order needs, so that a forecast was measured once
-        if u - trace.times[-1] > self.cache.max_skip + SAME_TIME:
+        if not self.schedule.spaced and u - trace.times[-1] > (self.cache.max_skip or MAX_SKIP) + SAME_TIME:
             return False, "max skip"
         if self.clock.steps <= ONE_SKIP_STEPS and any(e.fill for e in self.evaluations):
             return False, f"at {self.clock.steps} steps one is skipped at most"
@@ -149,6 +184,7 @@ class Run:
             self._active[batch] = active
             self.trace = Trace(self.clock.steps)
             self.streams.clear()
+            self.probes.clear()
             if not self._orders:
                 self.current.fill, self.current.reason = False, "the active conditioning changed"
 
@@ -167,6 +203,8 @@ class Run:
         else:
             now.fill, now.action = False, "computed"
             self._learn(now)
+            if not self._kept and not self.note:
+                self.refuse(f"the {self.level or 'model'} was not reached; another pack may have replaced it")
         self.evaluations.append(now)
         events.evaluation(self, now)
 
@@ -188,10 +226,11 @@ class Run:
             trace.rate = _largest(self._changes) / moved if moved > 0 else None
         self._x_computed = self._x
         trace.computed += 1
-        trace.moved = 0.0
+        trace.moved = trace.accumulated = 0.0
         kept = [t for t in trace.times if abs(t - now.u) >= SAME_TIME]
         trace.times = [*kept, now.u][-self.predictor.anchors :]
-        self.peak_bytes = max(self.peak_bytes, sum(h.nbytes for h in self.streams.values()))
+        kept = (*self.streams.values(), *self.probes.values())
+        self.peak_bytes = max(self.peak_bytes, sum(h.nbytes for h in kept))
 
     def _estimate_filled(self, measured: Drift) -> None:
         """Give the evaluations filled since the last computed one their share of the drift measured after them."""
@@ -220,43 +259,157 @@ class Run:
                 self._seen[kind] += 1
         return keys
 
-    def fill(self, keys: list[StreamKey]) -> list[tuple[Tensor, ...]] | None:
-        """The forecasts for these streams, or None where this call has to be computed."""
+    def fill(self, keys: list[StreamKey], probes: list[Parts] | None = None) -> list[Parts] | None:
+        """The forecasts for these streams, or None where this call has to be computed.
+
+        probes: what the schedule's gate or the per-token choice looks at, one per key.
+        """
         now = self.current
+        if self.schedule is not None and self.schedule.probe is not None:
+            self._gate(keys, probes)
         if not now.fill or now.action == "computed" or not all(len(self.streams.get(k, ())) for k in keys):
             return None
         filled = []
-        for key in keys:
-            parts, order = self.streams[key].forecast(now.u, self.predictor)
+        for i, key in enumerate(keys):
+            parts, order = self._forecast(key, now.u, probes[i] if probes is not None else None)
             filled.append(parts)
             self._orders.append(order)
         return filled
 
-    def keep(self, keys: list[StreamKey], chunks: list[tuple[Tensor, ...]]) -> None:
-        """Measure the drift of the forecasts these outputs would have replaced, then store them."""
+    def forecast_at(self, keys: list[StreamKey], u: float) -> list[Parts] | None:
+        """The forecasts for another time than now, where this evaluation may be filled; None where it may not."""
+        if not self.current.fill or not all(len(self.streams.get(k, ())) for k in keys):
+            return None
+        return [self.streams[key].forecast(u, self.predictor)[0] for key in keys]
+
+    def mark_filled(self, keys: list[StreamKey]) -> bool:
+        """Count these streams as filled by an output that was made in advance; False where they must be computed."""
+        now = self.current
+        if not now.fill or now.action == "computed" or not all(len(self.streams.get(k, ())) for k in keys):
+            return False
+        self._orders += [self.predictor.weights(self.streams[key].times, now.u)[1] for key in keys]
+        return True
+
+    def _forecast(self, key: StreamKey, u: float, probe: Parts | None) -> tuple[Parts, int]:
+        history, seen = self.streams[key], self.probes.get(key)
+        if not self.predictor.per_token or probe is None or seen is None or seen.times != history.times:
+            return history.forecast(u, self.predictor)
+        rows = candidates(history.times, u)
+        index = choose(seen.column(), probe[0], rows)
+        order = self.predictor.weights(history.times, u)[1]
+        return tuple(combine(history.column(p), index, rows) for p in range(len(history.newest))), order
+
+    def _gate(self, keys: list[StreamKey], probes: list[Parts] | None) -> None:
+        """Let the probe decide: the first call of an evaluation decides for all, by the largest change in it."""
+        now, kind = self.current, self.schedule.probe
+        running = kind in (Probe.MODULATED, Probe.EMBEDDING)
+        changes = []
+        for key, probe in zip(keys, probes or [], strict=False):
+            history = self.probes.get(key)
+            if history is not None and len(history):
+                if kind == Probe.FORECAST:
+                    reference = history.forecast(now.u, Predictor("newton", self.schedule.order))[0]
+                else:
+                    reference = history.newest
+                if [t.shape for t in reference] == [t.shape for t in probe]:
+                    changes.append(worst_relative_l1(probe, reference))
+            if running:
+                self._probe_history(key, 1).push(now.u, probe)
+        if self._gated:
+            return
+        self._gated = True
+        if len(changes) < len(keys):
+            if now.fill:
+                now.fill, now.reason = False, "nothing to compare the first block with"
+        elif not self.schedule.accept(self.trace, _largest(changes)) and now.fill:
+            now.fill, now.reason = False, "the first block changed"
+
+    def _probe_history(self, key: StreamKey, capacity: int) -> History:
+        return self.probes.setdefault(key, History(capacity))
+
+    def keep(
+        self,
+        keys: list[StreamKey],
+        chunks: list[Parts],
+        probes: list[Parts] | None = None,
+        base: list[Parts] | None = None,
+        owned: bool = False,
+    ) -> None:
+        """Measure the drift of the forecasts these outputs would have replaced, then store them.
+
+        probes: stored beside them; base: what a residual is added to, so that its drift is relative to the sum;
+        owned: the tensors are handed over.
+        """
         now = self.current
         now.action = "computed"
+        self._kept = True
         if self.schedule is None or self.note:
             return
         with self._lock:
-            for key, parts in zip(keys, chunks, strict=True):
-                history = self.streams.setdefault(key, History(self.predictor.anchors))
+            for i, (key, parts) in enumerate(zip(keys, chunks, strict=True)):
+                history = self.streams.get(key)
+                if history is None:
+                    history = self._new_history(key, parts)
+                    if history is None:
+                        return
                 if len(history):
                     forecast, order = history.forecast(now.u, self.predictor)
                     reach = span(history.times, now.u, order)
-                    self._drifts.append((worst_relative_l1(forecast, parts), order, reach))
+                    whole = None if base is None else base[i]
+                    self._drifts.append((_change(forecast, parts, whole), order, reach))
                     if self.schedule.needs_input_change:
                         self._changes.append(worst_relative_l1(history.newest, parts))
-                history.push(now.u, parts)
+                history.push(now.u, parts, owned)
+                if probes is not None and self.probe in (Probe.RESIDUAL, Probe.FORECAST):
+                    self._probe_history(key, self._probe_anchors).push(now.u, probes[i])
+
+    @property
+    def _probe_anchors(self) -> int:
+        gate = getattr(self.schedule, "order", 0) + 1 if self.probe == Probe.FORECAST else 1
+        return max(gate, self.predictor.anchors) if self.predictor.per_token else gate
+
+    def _new_history(self, key: StreamKey, parts: Parts) -> History | None:
+        """A history for a new stream, where the budget has room for it."""
+        size = sum(t.numel() * t.element_size() for t in parts) * self.predictor.anchors
+        storage = self.memory.place(size, parts[0].device)
+        if storage is None:
+            limit = self.memory.limit(parts[0].device) / 1e6
+            self.refuse(f"the cache needs {size / 1e6:.1f} MB per prompt, more than the budget of {limit:.1f} MB")
+            return None
+        self.streams[key] = History(self.predictor.anchors, storage)
+        return self.streams[key]
+
+    # -- looking ahead -------------------------------------------------------------------------------------------
+
+    def grid_step(self) -> int | None:
+        """The step this evaluation is at; None between the steps."""
+        step = round(self.current.u)
+        return step if abs(self.current.u - step) < SAME_TIME else None
+
+    def certain_fills(self, step: int) -> list[int]:
+        """The steps right after `step` that will be filled whatever happens until then."""
+        if not isinstance(self.schedule, Interval | KeySteps | Magnitude) or self.clock.steps <= ONE_SKIP_STEPS:
+            return []
+        ahead = []
+        for later in range(step + 1, self.clock.steps):
+            if not self._decide(float(later), self.clock.sigmas[later])[0]:
+                break
+            ahead.append(later)
+        return ahead
+
+    def timestep(self, step: int) -> float:
+        """What the network is told as its time at a step of the schedule."""
+        return float(self.timestep_of(self.clock.sigmas[step]))
 
     # -- the end -------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
         """Free every tensor."""
         self.streams.clear()
+        self.probes.clear()
         self._drifts.clear()
         self._changes.clear()
-        self._x = self._x_computed = self.current = None
+        self._x = self._x_computed = self.current = self.inner = None
 
     def report(self) -> dict:
         """Numbers of the run so far, plain JSON data.
@@ -283,7 +436,11 @@ class Run:
             "drift_mean": sum(drifts) / len(drifts) if drifts else None,
             "drift_max": max(drifts) if drifts else None,
             "cache_bytes": self.peak_bytes,
+            "cache_place": ", ".join(sorted(self.memory.places)),
             "site": self.level,
+            "family": self.recipe.family,
+            "chose": "" if self.note else self.recipe.chose,
+            "remark": self.recipe.remark,
             "note": self.note or ("" if filled else "nothing was skipped: no evaluation was within the drift budget"),
             "plan": self.plan.as_json(),
             "trace": [asdict(e) for e in self.evaluations],
@@ -294,6 +451,15 @@ def _largest(values: list[Tensor]) -> float:
     """The largest of scalar tensors, NaN counted as infinite; one synchronisation for all of them."""
     numbers = [v if math.isfinite(v) else math.inf for v in (float(t) for t in values)]
     return max(numbers)
+
+
+def _change(value: Parts, reference: Parts, base: Parts | None) -> Tensor:
+    """Worst relative L1 of value against reference; against reference + base where the sum is what counts."""
+    if base is None:
+        return worst_relative_l1(value, reference)
+    whole = [r + b for r, b in zip(reference, base, strict=True)]
+    moved = [v + b for v, b in zip(value, base, strict=True)]
+    return worst_relative_l1(moved, whole)
 
 
 def _movement(x: Tensor, previous: Tensor) -> float:

@@ -41,11 +41,16 @@ class Clock:
 
 @dataclass(frozen=True, slots=True)
 class Sampler:
-    """What matters about a sampler: does it add noise between steps, and can a forecast serve it at all?"""
+    """What matters about a sampler: does it add noise between steps, and can a forecast serve it at all?
+
+    evaluations: of the model in one step, at most; first_order: a step uses the newest output only, once.
+    """
 
     name: str
     stochastic: bool = False
     unserved: str = ""
+    evaluations: int = 1
+    first_order: bool = False
 
 
 # Part of the name -> adds fresh noise at every step (unless eta or s_noise is 0).
@@ -57,6 +62,13 @@ UNSERVED = {
     "dpm_fast": "it spends its evaluations on a few large steps of its own, and none of them is spare",
 }
 
+# Evaluations per step, where it is not 1 (read in the host's k-diffusion and extra samplers).
+MANY = {
+    "heun": 2, "heunpp2": 3, "dpm_2": 2, "dpm_2_ancestral": 2, "dpmpp_2s_ancestral": 2, "dpmpp_sde": 2, "seeds_2": 2,
+    "seeds_3": 3, "sa_solver_pece": 2, "res_2s": 2, "exp_heun_2_x0": 2, "exp_heun_2_x0_sde": 2,
+}  # fmt: skip
+FIRST_ORDER = ("euler", "ddim")
+
 
 def sampler_traits(sampler: object) -> Sampler:
     """Describe the host's sampler object by the name of its function and its options."""
@@ -66,7 +78,8 @@ def sampler_traits(sampler: object) -> Sampler:
     options = getattr(sampler, "extra_options", None) or {}
     noisy = any(part in name for part in NOISY) and 0.0 not in (options.get("eta"), options.get("s_noise"))
     churned = float(options.get("s_churn") or 0.0) > 0.0
-    return Sampler(name, noisy or churned, UNSERVED.get(name, ""))
+    evaluations = MANY.get(name.removesuffix("_gpu").removesuffix("_cfg_pp"), 1)
+    return Sampler(name, noisy or churned, UNSERVED.get(name, ""), evaluations, name in FIRST_ORDER)
 
 
 def active_conditioning(conds: Sequence[Sequence[dict] | None], sigma: float) -> tuple:

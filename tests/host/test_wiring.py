@@ -116,7 +116,12 @@ def test_percent_range_and_max_skip_hold(lab):
         ({"start_percent": 0.9, "end_percent": 0.2}, "start_percent 0.9 is not before end_percent 0.2"),
         ({"preset": "Turbo"}, "there is no preset 'Turbo'; choose one of Balanced"),
         ({"method": "magic"}, "there is no method 'magic'"),
-        ({"max_skip": 0}, "max_skip is 0"),
+        ({"max_skip": -1}, "max_skip is -1"),
+        ({"site": "attic"}, "there is no site 'attic'"),
+        ({"depth": -2}, "depth is -2"),
+        ({"threshold": -1.0}, "threshold is -1.0"),
+        ({"cache_device": "tape"}, "there is no cache device 'tape'"),
+        ({"memory_budget_mb": -1}, "memory_budget_mb is -1"),
     ],
 )
 def test_bad_input_is_one_clear_sentence(lab, values, sentence):

@@ -1,0 +1,47 @@
+"""One run of the network, as the inner sites see it, and the patched forwards through which they meet it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Any, Protocol
+
+from torch import Tensor
+
+Parts = tuple[Tensor, ...]
+
+
+class Call(Protocol):
+    """What a site keeps for one run of the network; made in APPLY_MODEL, dropped when that returns."""
+
+    def layer(self, name: tuple, original: Callable, args: tuple, kwargs: dict) -> Any:
+        """Stand in for the patched layer `name`: run `original(*args, **kwargs)`, or do without it."""
+
+
+# A context variable, because the host may run several networks in threads at once.
+CURRENT: ContextVar[Call | None] = ContextVar("slipstream_call", default=None)
+
+
+class PatchedForward:
+    """An object patch on the forward of a layer: the layer itself, unless a run of ours is active in this thread.
+
+    It holds no state, so it may stay on a patcher between runs and be shared by its clones.
+    """
+
+    def __init__(self, name: tuple, original: Callable):
+        self.name = name
+        self.original = original
+
+    def __call__(self, *args, **kwargs):
+        call = CURRENT.get()
+        if call is None:
+            return self.original(*args, **kwargs)
+        return call.layer(self.name, self.original, args, kwargs)
+
+    def __deepcopy__(self, memo) -> PatchedForward:
+        return self  # nothing in it may be copied: a copy of the bound forward would drag the model along
+
+
+def split(parts: Parts, count: int, dim: int = 0) -> list[Parts]:
+    """Cut a batch of `count` conds into one tuple of tensors per cond."""
+    return list(zip(*(part.chunk(count, dim) for part in parts), strict=True))

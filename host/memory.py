@@ -1,0 +1,65 @@
+"""Where a run's snapshots may lie: on the card while they fit the budget, else in RAM, else in 8 bits, else nowhere."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import comfy.model_management
+import torch
+
+from ..engine.history import Storage
+
+DEVICES = {"auto": None, "GPU": Storage.DEVICE, "RAM": Storage.RAM, "int8": Storage.INT8}
+
+# Without a budget of the user's own the history may take this share of what is free on the card.
+AUTOMATIC_SHARE = 0.25
+
+# 8-bit snapshots: one byte for two or four, and a scale per row.
+INT8_SHARE = 0.55
+
+
+@dataclass(slots=True)
+class Memory:
+    """The budget of one run. choice: a key of DEVICES; budget_mb: 0 means automatic.
+
+    Whatever the choice, the budget holds: what does not fit goes to RAM (with a card) or into 8 bits (without one).
+    """
+
+    choice: str = "auto"
+    budget_mb: int = 0
+    planned: int = 0
+    full: bool = False
+    places: set[str] = field(default_factory=set)
+
+    def limit(self, device: torch.device) -> float:
+        """Bytes that the history may take on `device`."""
+        if self.budget_mb:
+            return self.budget_mb * 1e6
+        if device.type == "cpu":
+            return float("inf")
+        return AUTOMATIC_SHARE * comfy.model_management.get_free_memory(device)
+
+    def place(self, nbytes: int, device: torch.device) -> Storage | None:
+        """Where a new stream of `nbytes` goes; None where there is no room. Counts it, and tells the host's manager."""
+        wanted = DEVICES[self.choice]
+        compact = int(nbytes * INT8_SHARE)
+        order = {
+            None: (Storage.DEVICE, Storage.RAM, Storage.INT8),
+            Storage.DEVICE: (Storage.DEVICE, Storage.RAM, Storage.INT8),
+            Storage.INT8: (Storage.INT8, Storage.RAM),
+            Storage.RAM: (Storage.RAM, Storage.INT8),
+        }[wanted]
+        left = self.limit(device) - self.planned
+        for storage in order:
+            on_device = storage is not Storage.RAM or device.type == "cpu"
+            size = compact if storage is Storage.INT8 else nbytes
+            if on_device and size > left:
+                continue
+            if on_device:
+                self.planned += size
+                if device.type != "cpu":
+                    comfy.model_management.free_memory(size, device)
+            self.places.add(storage.value if storage is not Storage.DEVICE else str(device.type))
+            return storage
+        self.full = True
+        return None

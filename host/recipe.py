@@ -1,0 +1,210 @@
+"""From a plan to what one run does: every `auto` is decided here, for one model family and one sampler."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from ..engine.predictors import HERMITE_SCALE, MAX_ORDER, Predictor
+from ..engine.schedules import (
+    AccumulatedChange,
+    ConfidenceGate,
+    DriftBudget,
+    FirstBlockGate,
+    Interval,
+    KeySteps,
+    Magnitude,
+    ModulatedChange,
+    Probe,
+    Schedule,
+    fitted_ratios,
+    power_grid,
+    scaled_keys,
+)
+from .architectures import Architecture
+from .blocks import FEATURES, STACK
+from .plan import KINDS, CacheConfig, Plan, PredictorConfig, check_cache
+from .sampling import Sampler
+from .unet import DEPTH, ENCODER
+
+MODEL_OUTPUT = "model output"
+LEVELS = {
+    "model output": MODEL_OUTPUT,
+    "block stack": STACK,
+    "last block": FEATURES,
+    "U-Net depth": DEPTH,
+    "U-Net encoder": ENCODER,
+}
+
+# Plain reuse errs the same way at every step it fills, so its errors add up: presets give it this share of the budget.
+# With it a Cache Loader alone is about as good as fewer steps at equal evaluations; with the whole budget it was worse.
+REUSE_SHARE = 0.5
+
+# Authors' numbers where a family has none of its own: DeepCache's interval (SDXL), its power grid (SD1.5, of 50 steps),
+# Faster Diffusion's key steps (of 50), steps filled in a row.
+DEEPCACHE_INTERVAL = 3
+POWER_GRID_EVERY, POWER_GRID_POWER, POWER_GRID_CENTRE = 5, 1.4, 0.3
+FASTER_DIFFUSION_KEYS, FASTER_DIFFUSION_STEPS = (0, 1, 2, 3, 5, 10, 15, 25, 35), 50
+MAX_SKIP = 6
+
+# Presets on a U-Net that predicts noise: its output changes far less from step to step than a flow model's.
+PRESET_NAMES = ("Safe", "Balanced", "Fast")
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What a run does. refusal: why it skips nothing, empty where it may; chose: one line for the node."""
+
+    level: str
+    first: int
+    schedule: Schedule | None
+    predictor: Predictor
+    cache: CacheConfig
+    residual: bool = False
+    refusal: str = ""
+    remark: str = ""
+    family: str = ""
+    method: str = ""
+    kind: str = ""
+
+    @property
+    def chose(self) -> str:
+        """Site, schedule and predictor in a few words."""
+        what = self.kind if not self.predictor.order else f"{self.kind} order {self.predictor.order}"
+        if self.schedule is None:
+            return ""
+        budget = f" {self.schedule.budget:g}" if isinstance(self.schedule, DriftBudget) else ""
+        return f"{self.level}, {self.method}{budget}, {what} ({self.family})"
+
+
+def level_of(cache: CacheConfig, predictor: PredictorConfig | None, row: Architecture) -> str:
+    """The site that a plan means on this family; inner sites only where the family has them."""
+    if cache.site != "auto":
+        return LEVELS[cache.site]
+    per_token = predictor is not None and predictor.kind == "Per token"
+    if row.unet:
+        return DEPTH if cache.method in ("power grid", "first-block gate", "confidence gate") else MODEL_OUTPUT
+    if row.stacks and (per_token or cache.method == "confidence gate"):
+        return FEATURES
+    if row.stacks and cache.method in ("first-block gate", "modulated change", "magnitude"):
+        return STACK
+    return MODEL_OUTPUT
+
+
+def lacks(level: str, row: Architecture) -> str:
+    """Why this family has no such site; empty where it has."""
+    if level in (STACK, FEATURES) and not row.stacks:
+        return f"the site '{level}' needs a transformer that Slipstream knows, and this is a {row.name}"
+    if level in (DEPTH, ENCODER) and not row.unet:
+        return f"the site '{level}' needs a U-Net, and this is a {row.name}"
+    return ""
+
+
+def resolve(plan: Plan, sampler: Sampler, row: Architecture, steps: int) -> Recipe:
+    """The recipe of one run. Never raises for a plan that was checked: what cannot be served is refused in words."""
+    cache = plan.cache or check_cache(CacheConfig())
+    level = level_of(cache, plan.predictor, row)
+    refusal = lacks(level, row)
+    predictor, kind, trouble = _predictor(plan.predictor, sampler, level, steps)
+    refusal = refusal or trouble
+    cache = _budget(cache, row, predictor, sampler)
+    method = cache.method
+    remark = ""
+    if method == "auto":
+        method = "key steps" if level == ENCODER else "drift budget"
+    schedule, trouble = _schedule(method, cache, level, row, steps)
+    if trouble and cache.site == "auto":
+        remark = f"{trouble}, so the drift budget decides"
+        method = "drift budget"
+        schedule, trouble = _schedule(method, cache, level, row, steps)
+    refusal = refusal or trouble
+    if level == MODEL_OUTPUT and row.name == "unknown model" and not remark:
+        remark = "this model is not in Slipstream's table, so its whole output is cached"
+    needs_block = predictor.per_token or (schedule is not None and schedule.probe is not None)
+    first = cache.depth if cache.depth >= 0 else {STACK: 1, FEATURES: int(needs_block)}.get(level, 0)
+    if needs_block and level in (STACK, FEATURES):
+        first = max(first, 1)
+    residual = plan.predictor is not None and plan.predictor.kind == "Residual reuse" and not sampler.stochastic
+    return Recipe(
+        level, first, schedule, predictor, cache, residual and level == MODEL_OUTPUT, refusal, remark, row.name,
+        method, kind,
+    )  # fmt: skip
+
+
+def _budget(cache: CacheConfig, row: Architecture, predictor: Predictor, sampler: Sampler) -> CacheConfig:
+    """A preset's budget for this family; reuse gets its smaller share of it."""
+    if cache.preset == "Custom" or not cache.drift_budget:
+        return cache
+    budget = cache.drift_budget
+    if row.budgets is not None and cache.preset in PRESET_NAMES:
+        budget = row.budgets[PRESET_NAMES.index(cache.preset)]
+    if predictor.order == 0 and not sampler.stochastic:
+        budget *= REUSE_SHARE
+    return dataclasses.replace(cache, drift_budget=budget)
+
+
+def _predictor(config: PredictorConfig | None, sampler: Sampler, level: str, steps: int) -> tuple[Predictor, str, str]:
+    """(predictor, its kind in words, why it cannot be served).
+
+    Without a Taylor Predictor, and for samplers that add noise, plain reuse: with fresh noise between steps reuse beat
+    every extrapolation tried (research on analytic flows, 8.7).
+    """
+    if config is None or sampler.stochastic or config.kind == "Reuse" or config.order == 0:
+        return Predictor("reuse", 0), "reuse", ""
+    if config.kind == "Residual reuse":
+        return Predictor("reuse", 0), "residual reuse", ""
+    rule = KINDS[config.kind]
+    automatic = {"Per token": 2, "Chebyshev": 4}.get(config.kind, 1)
+    order = min(automatic if config.order < 0 else config.order, MAX_ORDER[rule])
+    trouble = ""
+    if config.kind == "Adams-Bashforth" and (not sampler.first_order or level != MODEL_OUTPUT):
+        trouble = (
+            f"Adams-Bashforth serves first-order samplers such as euler at the model output, not {sampler.name} at the "
+            f"{level}; choose Taylor"
+        )
+    if config.kind == "Per token" and level not in (STACK, FEATURES):
+        trouble = "the per-token predictor needs the blocks of a transformer; choose Taylor"
+    scale = config.scale if config.kind == "Hermite" else HERMITE_SCALE
+    return Predictor(rule, order, scale, steps, config.kind == "Per token"), config.kind, trouble
+
+
+def _schedule(
+    method: str, cache: CacheConfig, level: str, row: Architecture, steps: int
+) -> tuple[Schedule | None, str]:
+    """(schedule, why the family cannot be served by this method). None skips nothing."""
+    if cache.drift_budget <= 0.0:
+        return None, ""
+    published, inner = row.published, level in (STACK, FEATURES)
+    every = cache.max_skip + 1 if cache.max_skip else 0
+    if method == "drift budget":
+        return DriftBudget(cache.drift_budget), ""
+    if method == "accumulated change":
+        return AccumulatedChange(cache.threshold or cache.drift_budget), ""
+    if method == "interval":
+        return Interval(every or (DEEPCACHE_INTERVAL if row.unet else published.taylor[0])), ""
+    if method == "power grid":
+        return KeySteps(_power_grid(steps, every or POWER_GRID_EVERY)), ""
+    if method == "key steps":
+        return KeySteps(scaled_keys(FASTER_DIFFUSION_KEYS, FASTER_DIFFUSION_STEPS, steps)), ""
+    if method == "first-block gate" and (inner or level == DEPTH):
+        return FirstBlockGate(cache.threshold or published.first_block), ""
+    if method == "confidence gate" and (inner or level == DEPTH):
+        threshold, order = published.confidence
+        return ConfidenceGate(cache.threshold or threshold, order), ""
+    if method == "modulated change" and inner and published.teacache is not None:
+        threshold, probe, polynomial = published.teacache
+        what = Probe.MODULATED if probe == "modulated" else Probe.EMBEDDING
+        if what == Probe.EMBEDDING or row.modulated is not None:
+            return ModulatedChange(cache.threshold or threshold, polynomial, what), ""
+    if method == "magnitude" and inner and published.magcache is not None:
+        threshold, retention, most, ratios = published.magcache
+        table = fitted_ratios(ratios, steps)
+        return Magnitude(cache.threshold or threshold, table, retention, min(cache.max_skip or most, most)), ""
+    return None, f"the method '{method}' has no settings for this {row.name} at the {level}"
+
+
+def _power_grid(steps: int, every: int) -> tuple[int, ...]:
+    try:
+        return power_grid(steps, every, POWER_GRID_POWER, round(POWER_GRID_CENTRE * steps))
+    except ValueError:
+        return tuple(range(0, steps, every))

@@ -1,0 +1,252 @@
+"""A U-Net's inner sites: its deep branch (DeepCache) and its encoder (Faster Diffusion).
+
+The host's own forward runs every time. A layer whose work is not needed hands on a small placeholder with the right
+number of channels, and the layer after which the cached features are due returns them instead; so block numbers,
+patches by block (FreeU, Deep Shrink, IPAdapter) and ControlNet stay what they were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..engine.schedules import Probe
+from .calls import Parts, PatchedForward, split
+
+DEPTH = "U-Net depth"
+ENCODER = "U-Net encoder"
+
+# Placeholders keep this much of height and width: packs that resize features must not get down to nothing.
+PLACEHOLDER = 8
+
+# Prior noise injection of Faster Diffusion (arXiv 2312.09608): strength, and the time from which it acts.
+PRIOR_NOISE, PRIOR_NOISE_FROM = 0.003, 0.5
+
+
+def is_unet(network: torch.nn.Module) -> bool:
+    return all(hasattr(network, name) for name in ("input_blocks", "middle_block", "output_blocks"))
+
+
+def depth_of(network: torch.nn.Module) -> int:
+    """How many depths a U-Net has: 0 keeps the first input and the last output block, and so on."""
+    return len(network.output_blocks)
+
+
+def _layers(network: torch.nn.Module) -> list[tuple[tuple, str]]:
+    """((part, block, layer, is last of its block), path) of all layers in running order."""
+    found = []
+    parts = [("input", i, f"input_blocks.{i}", block) for i, block in enumerate(network.input_blocks)]
+    parts.append(("middle", 0, "middle_block", network.middle_block))
+    parts += [("output", i, f"output_blocks.{i}", block) for i, block in enumerate(network.output_blocks)]
+    for part, index, path, block in parts:
+        children = [] if block is None else list(block.named_children())
+        for place, (child, _) in enumerate(children):
+            found.append(((part, index, place, place == len(children) - 1), f"{path}.{child}"))
+    return found
+
+
+def patched_forwards(patcher, network: torch.nn.Module) -> dict[str, PatchedForward]:
+    """Object patches for all layers of a U-Net: {patcher key: forward}."""
+    patches = {}
+    for name, path in _layers(network):
+        key = f"diffusion_model.{path}.forward"
+        patches[key] = PatchedForward(name, patcher.get_model_object(key))
+    return patches
+
+
+class UNetSite:
+    """A U-Net as seen by one run."""
+
+    def __init__(self, run, network: torch.nn.Module, depth: int, level: str):
+        self.run = run
+        self.level = level
+        self.blocks = depth_of(network)
+        self.depth = min(depth, self.blocks - 1)
+        self.ahead: dict[int, list[Tensor]] = {}  # outputs decoded in advance: step -> one tensor per cond
+
+    def attach(self, options: dict) -> None:
+        """Nothing to chain: the layers are met through their patched forwards."""
+
+    def call(self, keys: list) -> DepthCall | EncoderCall:
+        return DepthCall(self, keys) if self.level == DEPTH else EncoderCall(self, keys)
+
+
+def _placeholder(original: Callable, x: Tensor) -> Tensor:
+    """Zeros with the channels the layer would give."""
+    module = getattr(original, "__self__", None)
+    channels = getattr(module, "out_channels", None) or x.shape[1]
+    return x.new_zeros(x.shape[0], channels, *[min(PLACEHOLDER, n) for n in x.shape[2:]])
+
+
+def own_control(args: tuple, kwargs: dict) -> tuple[tuple, dict, dict | None]:
+    """The forward's arguments with a private copy of the ControlNet lists, which the host pops entries from."""
+
+    def is_control(value) -> bool:
+        return isinstance(value, dict) and "sigmas" not in value and isinstance(value.get("output"), list)
+
+    for i, value in enumerate(args):
+        if is_control(value):
+            copy = {k: list(v) if isinstance(v, list) else v for k, v in value.items()}
+            return (*args[:i], copy, *args[i + 1 :]), kwargs, copy
+    if is_control(kwargs.get("control")):
+        copy = {k: list(v) if isinstance(v, list) else v for k, v in kwargs["control"].items()}
+        return args, {**kwargs, "control": copy}, copy
+    return args, kwargs, None
+
+
+def _mute(entries: list | None, keep_first_popped: int = 0, count: int | None = None) -> None:
+    """Blank `count` (all) of the control entries that will be popped after the next `keep_first_popped`."""
+    if not entries:
+        return
+    end = len(entries) - keep_first_popped
+    start = 0 if count is None else max(0, end - count)
+    for i in range(start, end):
+        entries[i] = None
+
+
+class DepthCall:
+    """DeepCache: input blocks 0..depth and the last depth + 1 output blocks run, the features between are cached."""
+
+    def __init__(self, site: UNetSite, keys: list):
+        self.site = site
+        self.keys = keys
+        self.control: dict | None = None
+        self.filled: list[Parts] | None = None
+        self.decided = False
+        self.probe: Parts | None = None
+        shallow = site.blocks - 1 - site.depth
+        self.producer = ("output", shallow - 1) if shallow else ("middle", 0)
+
+    def layer(self, name: tuple, original: Callable, args: tuple, kwargs: dict) -> Any:
+        """Stand in for one layer."""
+        part, block, _, last = name
+        site = self.site
+        deep = part == "middle" or (block > site.depth if part == "input" else block < site.blocks - 1 - site.depth)
+        if not deep or site.run.note:
+            return original(*args, **kwargs)
+        if not self.decided:
+            self.decided = True
+            self._decide(args[0])
+        produces = last and (part, block) == self.producer
+        if self.filled is not None:
+            if produces:
+                return torch.cat([parts[0] for parts in self.filled])
+            return _placeholder(original, args[0])
+        output = original(*args, **kwargs)
+        if produces:
+            probes = None if self.probe is None else split(self.probe, len(self.keys))
+            site.run.keep(self.keys, split((output.clone(),), len(self.keys)), probes, owned=True)
+            self.probe = None
+        return output
+
+    def _decide(self, shallow: Tensor) -> None:
+        run = self.site.run
+        gated = run.probe in (Probe.RESIDUAL, Probe.FORECAST)
+        self.probe = (shallow.clone(),) if gated else None
+        self.filled = run.fill(self.keys, split(self.probe, len(self.keys)) if gated else None)
+        if self.filled is not None and self.control is not None:
+            skipped = self.site.blocks - 1 - self.site.depth
+            _mute(self.control.get("input"))
+            if self.producer[0] != "middle":
+                _mute(self.control.get("middle"))
+            _mute(self.control.get("output"), count=skipped)
+
+
+class EncoderCall:
+    """Faster Diffusion: the features of all input blocks and the middle block are cached, the decoder runs."""
+
+    def __init__(self, site: UNetSite, keys: list, filled: list[Parts] | None = None):
+        self.site = site
+        self.keys = keys
+        self.control: dict | None = None
+        self.filled = filled
+        self.decided = filled is not None
+        self.features: list[Tensor] = []
+
+    def layer(self, name: tuple, original: Callable, args: tuple, kwargs: dict) -> Any:
+        """Stand in for one layer."""
+        part, block, _, last = name
+        run = self.site.run
+        if part == "output" or run.note:
+            return original(*args, **kwargs)
+        if not self.decided:
+            self.decided = True
+            self.filled = run.fill(self.keys)
+        if self.filled is not None:
+            place = block if part == "input" else self.site.blocks
+            if not last:
+                return _placeholder(original, args[0])
+            return torch.cat([parts[place] for parts in self.filled])
+        output = original(*args, **kwargs)
+        if last:
+            self.features.append(output.clone())
+            if part == "middle":
+                run.keep(self.keys, split(tuple(self.features), len(self.keys)), owned=True)
+                self.features = []
+        return output
+
+
+def decode_ahead(call: EncoderCall, executor, args: tuple, kwargs: dict, options: dict) -> Tensor | None:
+    """The output of a filled evaluation, decoded in one batch with those that are certain to be filled after it.
+
+    None where this evaluation is not a matter for it; then the network runs as usual. The decoder sees the noise level
+    but not the latent, so the evaluations until the next key step are independent of each other.
+    """
+    site, run = call.site, call.site.run
+    step = run.grid_step()
+    if step is None or call.control is not None or run.sampler.evaluations > 1:
+        return None
+    count = len(call.keys)
+    if step not in site.ahead:
+        steps = [step, *run.certain_fills(step)]
+        if len(steps) < 2:
+            return None
+        filled = [run.forecast_at(call.keys, float(s)) for s in steps]
+        if any(f is None for f in filled):
+            return None
+        rows = args[0].shape[0]
+        times = torch.cat([torch.full_like(args[1], run.timestep(s)) for s in steps])
+        many = [_repeat(a, rows, len(steps)) for a in args]
+        many[1] = times
+        extra = {k: _repeat(v, rows, len(steps)) for k, v in kwargs.items()}
+        repeated = {**options, **{k: list(options[k]) * len(steps) for k in ("cond_or_uncond", "uuids")}}
+        many = [repeated if a is options else a for a in many]
+        extra = {k: repeated if v is options else v for k, v in extra.items()}
+        call.decided, call.keys = True, call.keys * len(steps)
+        call.filled = [parts for one in filled for parts in one]
+        output = executor(*many, **extra)
+        site.ahead = {s: list(part.chunk(count)) for s, part in zip(steps, output.chunk(len(steps)), strict=True)}
+        call.keys = call.keys[:count]
+    chunks = site.ahead.pop(step)
+    if len(chunks) != count or not run.mark_filled(call.keys):
+        return None
+    return torch.cat(chunks)
+
+
+def _repeat(value, rows: int, times: int):
+    if torch.is_tensor(value) and value.ndim and value.shape[0] == rows:
+        return value.repeat(times, *[1] * (value.ndim - 1))
+    return value
+
+
+def inject_prior_noise(run, executor, args: tuple, kwargs: dict):
+    """SAMPLER_SAMPLE wrapper: before every step in the later half of the times, add a little of the first noise.
+
+    The host shows the sampler's own latent in its callback, after the model and before the update; what is added there
+    is what the next step starts from.
+    """
+    callback, noise = args[3], args[4]
+    sigma_from = run.percent_to_sigma(PRIOR_NOISE_FROM)
+
+    def with_noise(step, denoised, x, total):
+        following = run.clock.sigmas[min(step + 1, run.clock.steps)]
+        if 0.0 < following <= sigma_from and x.shape == noise.shape:
+            # in variance-exploding coordinates x_T of the paper is noise * sqrt(1 + sigma^2)
+            x.add_(noise.to(x), alpha=PRIOR_NOISE * (1.0 + following**2) ** 0.5)
+        if callback is not None:
+            callback(step, denoised, x, total)
+
+    return executor(*args[:3], with_noise, *args[4:], **kwargs)
