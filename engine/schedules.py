@@ -110,9 +110,11 @@ class DriftBudget:
 
     A polynomial forecast errs by c * span(u), with c the next derivative. c is taken from the measured drifts, the
     larger of the newest two of this order; the next span follows from the snapshot times. Nothing measured: compute.
+    weights: what an error at each step does to the picture, relative to the mean step; empty: the same at all steps.
     """
 
     budget: float
+    weights: tuple[float, ...] = ()
     needs_input_change: bool = False
     probe: str | None = None
     spaced: bool = False
@@ -126,7 +128,8 @@ class DriftBudget:
         return worst * span(trace.times, u, order)
 
     def skip(self, trace: Trace, u: float, order: int) -> bool:
-        return self.expected(trace, u, order) <= self.budget
+        weight = self.weights[min(max(int(u), 0), len(self.weights) - 1)] if self.weights else 1.0
+        return weight * self.expected(trace, u, order) <= self.budget
 
 
 @dataclass(frozen=True, slots=True)

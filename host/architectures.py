@@ -15,9 +15,10 @@ class Stack:
     """One run of blocks.
 
     path: the ModuleList or ModuleDict on the network; key: its name in `patches_replace["dit"]`, None where the host
-    has no such patch and the forward of every block is patched instead. For those, stream names the argument with the
-    image tokens, second the argument of another stream that comes back too, image_at the place of the image tokens in
-    a returned tuple. joint: the blocks see text and image tokens in one sequence.
+    has no such patch, or one that changes what runs, and the forward of every block is patched instead. For those,
+    stream names the argument with the image tokens (or they come first), second that of another stream which is
+    returned too (or it comes second), image_at the place of the image tokens in the returned tuple. joint: the blocks
+    see text and image tokens in one sequence.
     """
 
     path: str
@@ -110,7 +111,8 @@ _HUNYUAN = Published(0.08, (0.13, 1), (5, 1), _TEA_HUNYUAN, (0.24, 0.2, 6, _MAG_
 UNKNOWN = Architecture("unknown model")
 
 ROWS: tuple[Architecture, ...] = (
-    Architecture("Stable Diffusion U-Net", ("UNetModel",), unet=True),
+    # A noise prediction changes less from step to step than a flow model's output (`bench/fidelity.py`, tiny SD1.5).
+    Architecture("Stable Diffusion U-Net", ("UNetModel",), unet=True, budgets=(0.02, 0.04, 0.07)),
     Architecture("SD3", ("diffusionmodules.mmdit.MMDiT",), _one("joint_blocks"),
                  modulated="joint_blocks.0.x_block.attn.qkv"),
     Architecture("Flux", ("Flux",), _two(), modulated="double_blocks.0.img_attn.qkv", published=_FLUX),
@@ -138,6 +140,26 @@ ROWS: tuple[Architecture, ...] = (
     Architecture("HunyuanDiT", ("HunYuanDiT",), _one("blocks"), modulated="blocks.0.attn1.Wqkv"),
     Architecture("Mochi", ("AsymmDiTJoint",), _one("blocks"), modulated="blocks.0.attn.qkv_x",
                  published=Published(teacache=_TEA_MOCHI)),
+    Architecture("Hunyuan3D 2", ("hunyuan3d.model.Hunyuan3Dv2",), _two()),
+    Architecture("Hunyuan3D 2.1", ("HunYuanDiTPlain",), _one("blocks", None)),
+    Architecture("Stable Audio", ("AudioDiffusionTransformer",), _one("transformer.layers")),
+    Architecture("ACE-Step", ("ACEStepTransformer2DModel",), _one("transformer_blocks", None, stream="hidden_states")),
+    Architecture("ACE-Step 1.5", ("AceStepConditionGenerationModel",),
+                 _one("decoder.layers", None, stream="hidden_states")),
+    Architecture("Kandinsky 5", ("Kandinsky5",), _one("visual_transformer_blocks", None)),
+    Architecture("Lens", ("LensTransformer2DModel",), _one("transformer_blocks")),
+    Architecture("MageFlow", ("MageFlowTransformer2DModel",), _one("transformer_blocks")),
+    Architecture("JoyImage", ("JoyImageTransformer3DModel",), _one("double_blocks")),
+    Architecture("MiniMax H3", ("MiniMaxH3Model",), _one("blocks")),
+    Architecture("Krea 2", ("SingleStreamDiT",), _one("blocks", None)),
+    Architecture("Ideogram 4", ("Ideogram4Transformer",), _one("layers", None)),
+    Architecture("Ernie Image", ("ErnieImageModel",), _one("layers", None)),
+    Architecture("CogVideoX", ("CogVideoXTransformer3DModel",),
+                 _one("blocks", None, stream="hidden_states", second="encoder_hidden_states")),
+    Architecture("Boogu", ("BooguTransformer2DModel",),
+                 (Stack("double_stream_layers", None, "img_hidden_states", "instruct_hidden_states"),
+                  Stack("single_stream_layers", None, "hidden_states", joint=True))),
+    Architecture("PixelDiT", ("PixDiT_T2I",), _one("patch_blocks", None, second="y")),
     Architecture("Omnigen2", ("OmniGen2Transformer2DModel",), _one("layers", None, stream="hidden_states"),
                  modulated="layers.0.attn.to_q"),
 )  # fmt: skip

@@ -40,8 +40,7 @@ class Blocks:
 
 
 def _container(network: torch.nn.Module, path: str) -> list[tuple[str, torch.nn.Module]]:
-    found = getattr(network, path, None)
-    return [] if found is None else list(found.named_children())
+    return list(network.get_submodule(path).named_children())
 
 
 def patched_forwards(patcher, network: torch.nn.Module, row: Architecture) -> dict[str, PatchedForward]:
@@ -238,7 +237,7 @@ def _stand_in(stack: Stack, args: tuple, kwargs: dict, stream: Parts):
     value = stream[0] if torch.is_tensor(given) else type(given)(stream)
     if stack.key is not None:
         return {"img": value, **({"txt": args[0]["txt"]} if "txt" in args[0] else {})}
-    if stack.second is None or kwargs.get(stack.second) is None:
+    if stack.second is None:
         return value
-    pair = (value, kwargs[stack.second])
+    pair = (value, kwargs[stack.second] if stack.second in kwargs else args[1])
     return pair if stack.image_at == 0 else pair[::-1]

@@ -78,14 +78,21 @@ def last_report(plan) -> dict | None:
 
 
 def node_text(report: dict) -> str:
-    """The summary in two short lines, as much as a node shows; a run that skipped nothing gives its reason."""
+    """The summary in a few short lines, as much as a node shows; a run that skipped nothing gives its reason."""
     if not report["filled"]:
         return report.get("note") or summary(report)
     drift = f", off by {100 * report['drift_mean']:.1f} %" if report["drift_mean"] is not None else ""
-    return (
-        f"computed {report['computed']} of {report['evaluations']}{drift}\n"
-        f"{report['seconds']:.2f} s, about {report['seconds_saved']:.2f} s saved"
-    )
+    lines = [
+        f"computed {report['computed']} of {report['evaluations']}{drift}",
+        f"{report['seconds']:.2f} s, about {report['seconds_saved']:.2f} s saved",
+        f"{report['chose'] or report['note']}; cache {_megabytes(report)}",
+    ]
+    return "\n".join([*lines, *([report["remark"]] if report["remark"] else [])])
+
+
+def _megabytes(report: dict) -> str:
+    place = report["cache_place"]
+    return f"{report['cache_bytes'] / 1e6:.1f} MB" + (f" ({place})" if place and place != "cpu" else "")
 
 
 def summary(report: dict) -> str:
@@ -93,8 +100,10 @@ def summary(report: dict) -> str:
     total, filled = report["evaluations"], report["filled"]
     if not total:
         return "no evaluation was made"
+    remark = f"; {report['remark']}" if report["remark"] else ""
     if not filled:
-        return f"computed all {total} evaluations of {report['sampler']} in {report['seconds']:.2f} s; {report['note']}"
+        done = f"computed all {total} evaluations of {report['sampler']} in {report['seconds']:.2f} s"
+        return f"{done}; {report['note']}{remark}"
     drift = ""
     if report["drift_mean"] is not None:
         drift = (
@@ -102,6 +111,6 @@ def summary(report: dict) -> str:
         )
     return (
         f"computed {report['computed']} of {total} evaluations of {report['sampler']}{drift}, "
-        f"{report['seconds']:.2f} s, about {report['seconds_saved']:.2f} s saved, "
-        f"cache {report['cache_bytes'] / 1e6:.1f} MB"
+        f"{report['seconds']:.2f} s, about {report['seconds_saved']:.2f} s saved; "
+        f"{report['chose'] or report['note']}, cache {_megabytes(report)}" + remark
     )

@@ -6,6 +6,7 @@ import dataclasses
 import logging
 
 import comfy.model_patcher
+import comfy.model_sampling
 import torch
 from comfy.patcher_extension import WrappersMP
 
@@ -118,4 +119,5 @@ def open_run(guider, args: tuple, kwargs: dict) -> Run:
         type(patcher.model).__name__,
         architecture_of(_network(patcher)),
         lambda sigma: float(sampling.timestep(torch.tensor([sigma]))),
+        not isinstance(sampling, comfy.model_sampling.CONST),
     )

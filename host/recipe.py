@@ -100,8 +100,11 @@ def lacks(level: str, row: Architecture) -> str:
     return ""
 
 
-def resolve(plan: Plan, sampler: Sampler, row: Architecture, steps: int) -> Recipe:
-    """The recipe of one run. Never raises for a plan that was checked: what cannot be served is refused in words."""
+def resolve(plan: Plan, sampler: Sampler, row: Architecture, steps: int, weights: tuple[float, ...] = ()) -> Recipe:
+    """The recipe of one run. Never raises for a plan that was checked: what cannot be served is refused in words.
+
+    weights: of the steps, for the drift budget (`Clock.weights`).
+    """
     cache = plan.cache or check_cache(CacheConfig())
     level = level_of(cache, plan.predictor, row)
     refusal = lacks(level, row)
@@ -112,11 +115,11 @@ def resolve(plan: Plan, sampler: Sampler, row: Architecture, steps: int) -> Reci
     remark = ""
     if method == "auto":
         method = "key steps" if level == ENCODER else "drift budget"
-    schedule, trouble = _schedule(method, cache, level, row, steps)
+    schedule, trouble = _schedule(method, cache, level, row, steps, weights)
     if trouble and cache.site == "auto":
         remark = f"{trouble}, so the drift budget decides"
         method = "drift budget"
-        schedule, trouble = _schedule(method, cache, level, row, steps)
+        schedule, trouble = _schedule(method, cache, level, row, steps, weights)
     refusal = refusal or trouble
     if level == MODEL_OUTPUT and row.name == "unknown model" and not remark:
         remark = "this model is not in Slipstream's table, so its whole output is cached"
@@ -169,7 +172,7 @@ def _predictor(config: PredictorConfig | None, sampler: Sampler, level: str, ste
 
 
 def _schedule(
-    method: str, cache: CacheConfig, level: str, row: Architecture, steps: int
+    method: str, cache: CacheConfig, level: str, row: Architecture, steps: int, weights: tuple[float, ...]
 ) -> tuple[Schedule | None, str]:
     """(schedule, why the family cannot be served by this method). None skips nothing."""
     if cache.drift_budget <= 0.0:
@@ -177,7 +180,7 @@ def _schedule(
     published, inner = row.published, level in (STACK, FEATURES)
     every = cache.max_skip + 1 if cache.max_skip else 0
     if method == "drift budget":
-        return DriftBudget(cache.drift_budget), ""
+        return DriftBudget(cache.drift_budget, weights), ""
     if method == "accumulated change":
         return AccumulatedChange(cache.threshold or cache.drift_budget), ""
     if method == "interval":

@@ -62,11 +62,13 @@ class Run:
         label: str = "",
         row: Architecture = UNKNOWN,
         timestep_of: Callable[[float], float] | None = None,
+        noise_prediction: bool = False,
     ):
         self.plan = plan
         self.clock = clock
         self.sampler = sampler
-        self.recipe = resolve(plan, sampler, row, clock.steps)
+        # A flow model's schedule already spends its steps where they count; a noise prediction's error is weighted.
+        self.recipe = resolve(plan, sampler, row, clock.steps, clock.weights() if noise_prediction else ())
         self.cache = self.recipe.cache
         self.percent_to_sigma = percent_to_sigma
         self.timestep_of = timestep_of

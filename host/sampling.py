@@ -25,6 +25,16 @@ class Clock:
         pairs = list(zip(self.sigmas, self.sigmas[1:], strict=False))
         return bool(pairs) and all(a >= b for a, b in pairs) and self.sigmas[0] > self.sigmas[-1]
 
+    def weights(self) -> tuple[float, ...]:
+        """What an error in a noise prediction does at each step, relative to the mean step; sigma variance exploding.
+
+        The sampler multiplies it by the step in sigma; at noise level sigma the latent is of size sqrt(1 + sigma^2).
+        """
+        pairs = zip(self.sigmas, self.sigmas[1:], strict=False)
+        effects = [(a - b) / (1.0 + a * a) ** 0.5 for a, b in pairs]
+        mean = sum(effects) / max(len(effects), 1)
+        return tuple(e / mean for e in effects) if mean > 0 else ()
+
     def u(self, sigma: float) -> float:
         """Step coordinate of sigma; beyond both ends the first or last interval is continued.
 

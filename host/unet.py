@@ -65,7 +65,7 @@ class UNetSite:
         self.level = level
         self.blocks = depth_of(network)
         self.depth = min(depth, self.blocks - 1)
-        self.ahead: dict[int, list[Tensor]] = {}  # outputs decoded in advance: step -> one tensor per cond
+        self.ahead: dict[tuple, Tensor] = {}  # outputs decoded in advance, by step and the conds of the call
 
     def attach(self, options: dict) -> None:
         """Nothing to chain: the layers are met through their patched forwards."""
@@ -186,6 +186,7 @@ class EncoderCall:
             if part == "middle":
                 run.keep(self.keys, split(tuple(self.features), len(self.keys)), owned=True)
                 self.features = []
+                self.site.ahead.clear()
         return output
 
 
@@ -199,8 +200,8 @@ def decode_ahead(call: EncoderCall, executor, args: tuple, kwargs: dict, options
     step = run.grid_step()
     if step is None or call.control is not None or run.sampler.evaluations > 1:
         return None
-    count = len(call.keys)
-    if step not in site.ahead:
+    now = (step, *call.keys)
+    if now not in site.ahead:
         steps = [step, *run.certain_fills(step)]
         if len(steps) < 2:
             return None
@@ -215,15 +216,12 @@ def decode_ahead(call: EncoderCall, executor, args: tuple, kwargs: dict, options
         repeated = {**options, **{k: list(options[k]) * len(steps) for k in ("cond_or_uncond", "uuids")}}
         many = [repeated if a is options else a for a in many]
         extra = {k: repeated if v is options else v for k, v in extra.items()}
-        call.decided, call.keys = True, call.keys * len(steps)
-        call.filled = [parts for one in filled for parts in one]
-        output = executor(*many, **extra)
-        site.ahead = {s: list(part.chunk(count)) for s, part in zip(steps, output.chunk(len(steps)), strict=True)}
-        call.keys = call.keys[:count]
-    chunks = site.ahead.pop(step)
-    if len(chunks) != count or not run.mark_filled(call.keys):
-        return None
-    return torch.cat(chunks)
+        call.decided, call.filled = True, [parts for one in filled for parts in one]
+        outputs = executor(*many, **extra).chunk(len(steps))
+        site.ahead.update({(s, *call.keys): part for s, part in zip(steps, outputs, strict=True)})
+        call.decided, call.filled = False, None
+    output = site.ahead.pop(now)
+    return output if run.mark_filled(call.keys) else None
 
 
 def _repeat(value, rows: int, times: int):

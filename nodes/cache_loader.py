@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from ..host.memory import DEVICES
 from ..host.patcher import add_cache
-from ..host.plan import METHODS, PRESETS, CacheConfig
+from ..host.plan import METHODS, PRESETS, SITES, CacheConfig
 from .schema import schema, widget
 
 
@@ -42,7 +43,9 @@ class CacheLoader(io.ComfyNode):
                     tooltip=(
                         "How the steps to skip are chosen (Custom only). auto: drift budget, from the error measured "
                         "while sampling. interval: every (max_skip + 1)-th step is computed. accumulated change: "
-                        "from how far the latent has moved."
+                        "from how far the latent has moved. power grid: DeepCache's. key steps: Faster Diffusion's. "
+                        "first-block gate: first-block cache. confidence gate: CG-Taylor. modulated change: TeaCache. "
+                        "magnitude: MagCache."
                     ),
                 ),
                 widget(
@@ -82,10 +85,89 @@ class CacheLoader(io.ComfyNode):
                     io.Int.Input,
                     "max_skip",
                     default=default["max_skip"],
-                    min=1,
+                    min=0,
                     max=20,
                     advanced=True,
-                    tooltip="At most this many steps are skipped in a row (Custom only). 3 is careful, 6 is fast.",
+                    tooltip=(
+                        "At most this many steps are skipped in a row (Custom only). 3 is careful, 6 is fast, "
+                        "0 takes the number the method's authors use."
+                    ),
+                ),
+                widget(
+                    io.Combo.Input,
+                    "site",
+                    optional=True,
+                    options=list(SITES),
+                    default="auto",
+                    advanced=True,
+                    tooltip=(
+                        "What is cached (Custom only). auto: what the method needs, else the model output. block stack "
+                        "and last block: transformers; the first blocks still run. U-Net depth (DeepCache) and U-Net "
+                        "encoder (Faster Diffusion): SD1.5, SD2, SDXL."
+                    ),
+                ),
+                widget(
+                    io.Int.Input,
+                    "depth",
+                    optional=True,
+                    default=-1,
+                    min=-1,
+                    max=99,
+                    advanced=True,
+                    tooltip=(
+                        "How much of the network still runs at a skipped step (Custom only): first blocks of a "
+                        "transformer, or levels of a U-Net. -1 chooses; 0 is fastest, 3 keeps more detail."
+                    ),
+                ),
+                widget(
+                    io.Float.Input,
+                    "threshold",
+                    optional=True,
+                    default=0.0,
+                    min=0.0,
+                    max=10.0,
+                    step=0.01,
+                    advanced=True,
+                    tooltip=(
+                        "For the gates, accumulated change and magnitude (Custom only). 0 takes the value the "
+                        "method's authors give for this model; lower skips less. Try 0.08 with first-block gate."
+                    ),
+                ),
+                widget(
+                    io.Boolean.Input,
+                    "prior_noise",
+                    optional=True,
+                    default=False,
+                    advanced=True,
+                    tooltip=(
+                        "With U-Net encoder (Custom only): add 0.3 % of the first noise in the later half of the "
+                        "steps, as Faster Diffusion does to keep texture. Off stays nearest to the full run."
+                    ),
+                ),
+                widget(
+                    io.Combo.Input,
+                    "cache_device",
+                    optional=True,
+                    options=list(DEVICES),
+                    default="auto",
+                    advanced=True,
+                    tooltip=(
+                        "Where cached tensors lie. auto: on the GPU while they fit the budget, then in RAM. int8 "
+                        "halves them at a small error. Only the block sites need more than a few megabytes."
+                    ),
+                ),
+                widget(
+                    io.Int.Input,
+                    "memory_budget_mb",
+                    optional=True,
+                    default=0,
+                    min=0,
+                    max=1_000_000,
+                    advanced=True,
+                    tooltip=(
+                        "Megabytes the cache may take on the GPU. 0: a quarter of what is free. Try 1000 for video "
+                        "with the block stack."
+                    ),
                 ),
             ],
             outputs=[io.Model.Output(tooltip="The model; nothing happens until a sampler runs.")],
@@ -100,8 +182,12 @@ class CacheLoader(io.ComfyNode):
         return True
 
     @classmethod
-    def execute(cls, model, preset, method, drift_budget, start_percent, end_percent, max_skip) -> io.NodeOutput:
+    def execute(
+        cls, model, preset, method, drift_budget, start_percent, end_percent, max_skip, site="auto", depth=-1,
+        threshold=0.0, prior_noise=False, cache_device="auto", memory_budget_mb=0,
+    ) -> io.NodeOutput:  # fmt: skip
         config = CacheConfig(
-            preset, method, drift_budget, start_percent, end_percent, max_skip, str(cls.hidden.unique_id or "")
-        )
+            preset, method, drift_budget, start_percent, end_percent, max_skip, str(cls.hidden.unique_id or ""), site,
+            depth, threshold, prior_noise, cache_device, memory_budget_mb,
+        )  # fmt: skip
         return io.NodeOutput(add_cache(model, config))

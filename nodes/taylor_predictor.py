@@ -29,7 +29,10 @@ class TaylorPredictor(io.ComfyNode):
                     default="Taylor",
                     tooltip=(
                         "Taylor: exact extrapolation on the real step spacing. TaylorSeer: the published derivative "
-                        "ladder. Reuse: repeat the last output, to see what forecasting adds."
+                        "ladder. Reuse: repeat the last output, to see what forecasting adds. Residual reuse: repeat "
+                        "what the model added to its input. Hermite: damped, for rough outputs. Adams-Bashforth: aims "
+                        "at the exact solution, with euler. Chebyshev: a smooth fit. Per token (TAP): every patch "
+                        "chooses its own."
                     ),
                 ),
                 widget(
@@ -37,11 +40,22 @@ class TaylorPredictor(io.ComfyNode):
                     "order",
                     default=-1,
                     min=-1,
-                    max=2,
+                    max=3,
                     tooltip=(
                         "-1 chooses for you: 1, and 0 for samplers that add noise. 2 pays only where few steps are "
                         "skipped in a row. The order drops by itself where a forecast would be unstable."
                     ),
+                ),
+                widget(
+                    io.Float.Input,
+                    "scale",
+                    optional=True,
+                    default=0.5,
+                    min=0.1,
+                    max=1.0,
+                    step=0.01,
+                    advanced=True,
+                    tooltip="Hermite only: 0.5 halves the slope, as published; 0.71 is undamped.",
                 ),
             ],
             outputs=[io.Model.Output(tooltip="The model; nothing happens until a sampler runs.")],
@@ -55,5 +69,5 @@ class TaylorPredictor(io.ComfyNode):
         return True
 
     @classmethod
-    def execute(cls, model, kind, order) -> io.NodeOutput:
-        return io.NodeOutput(add_predictor(model, PredictorConfig(kind, order, str(cls.hidden.unique_id or ""))))
+    def execute(cls, model, kind, order, scale=0.5) -> io.NodeOutput:
+        return io.NodeOutput(add_predictor(model, PredictorConfig(kind, order, str(cls.hidden.unique_id or ""), scale)))
