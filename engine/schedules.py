@@ -27,7 +27,7 @@ class Drift:
 class Trace:
     """What one run has seen; the run writes it, schedules read it.
 
-    times: u of the computed evaluations whose snapshots are still held, oldest first; computed: how many there were;
+    times: u of the computed evaluations whose snapshots are still held, oldest first; computed: how many there were, at different times;
     steps: length of the schedule.
     `moved` sums the mean |x_i - x_{i-1}| of the network's input since the last computed evaluation, worst row; `rate`
     is the relative L1 change of the output per unit of that movement, between the last two computed evaluations.

@@ -109,6 +109,7 @@ class BlockCall:
         self.filled: list[Parts] | None = None
         self.latest: Parts = ()  # the image stream as the previous block left it
         self.modulated: Tensor | None = None
+        self.decided = False
 
     def layer(self, name: tuple, original: Callable, args: tuple, kwargs: dict) -> Any:
         """Stand in for one block."""
@@ -120,12 +121,16 @@ class BlockCall:
         stream = parts_of(_read(stack, args, kwargs))
         if number == 0:
             self.tokens = stream[0].shape[1]
+            # the token count may change in a run (keyframe masks, a prompt of another length): each has its history
+            shape = [n for d, n in enumerate(stream[0].shape) if d != site.row.batch_dim]
+            self.keys = [(*key, *shape) for key in self.keys]
             if site.first and site.run.probe == Probe.RESIDUAL:
                 self.entered = tuple(t.clone() for t in stream)
         image = self._image(stack, stream)
         if image is None:
             return original(*args, **kwargs)
-        if number == site.first:
+        if number >= site.first and not self.decided:  # later than `first` where another pack replaced that block
+            self.decided = True
             self._decide(image, args, kwargs)
         last = number == len(site.blocks) - 1
         if self.filled is None:

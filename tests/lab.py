@@ -75,6 +75,18 @@ class Lab:
         return self._model("unet", lambda: build(comfy.supported_models.SD15, UNET))
 
     @property
+    def lumina(self):
+        """A tiny random Lumina 2: the host has no replacement patch for its blocks, so their forwards are patched."""
+        import families  # which takes its random weights from here
+
+        return self._model("lumina", lambda: families.make("lumina2"))
+
+    @property
+    def trained_unet(self):
+        """The trained small SD1.5-type U-Net."""
+        return self._model("trained_unet", emoji.load_unet)
+
+    @property
     def sd3(self):
         """A tiny random SD3: its forward never calls the DIFFUSION_MODEL wrappers."""
         return self._model("sd3", lambda: build(comfy.supported_models.SD3, SD3))
@@ -108,6 +120,8 @@ class Lab:
         negative = negative or emoji.conditioning([""] * len(prompts))
         latent = self.latent(model, len(prompts), size) if latent is None else latent
         noise = comfy.sample.prepare_noise(latent, seed)
+        if options.get("disable_noise"):
+            noise = torch.zeros_like(noise)
         with torch.inference_mode():
             return comfy.sample.sample(
                 model, noise, steps, cfg, sampler, scheduler, positive, negative, latent, seed=seed,

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import comfy.samplers
-import node_helpers
 import pytest
 import torch
 from lab import relative
+from scenes import guided, scheduled
 from slipstream.demo import emoji
 from slipstream.host.sampling import active_conditioning
 
@@ -20,24 +19,6 @@ def test_h20_cfg_1_to_3_to_1(lab):
         assert set(runs) == {1 if cfg == 1.0 else 2} and len(runs) == lab.report(used)["computed"] < 16
 
 
-class GuiderThatTurnsCfgOn(comfy.samplers.CFGGuider):
-    """cfg 1 at first, 3 below sigma 0.5: the negative appears in the middle of the run."""
-
-    def predict_noise(self, x, timestep, model_options={}, seed=None):  # noqa: B006  the host's signature
-        self.cfg = 1.0 if float(timestep[0]) > 0.5 else 3.0
-        return super().predict_noise(x, timestep, model_options, seed)
-
-
-def guided(lab, model, steps=16):
-    guider = GuiderThatTurnsCfgOn(model)
-    guider.set_conds(emoji.conditioning("hamburger"), emoji.conditioning(""))
-    latent = lab.latent(model)
-    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", steps)
-    noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(1))
-    with torch.inference_mode():
-        return guider.sample(noise, latent, comfy.samplers.sampler_object("euler"), sigmas, disable_pbar=True, seed=1)
-
-
 def test_h21_cfg_appears_in_mid_run(lab, split):
     model = lab.every(lab.flux)
     result = guided(lab, model)
@@ -49,15 +30,6 @@ def test_h21_cfg_appears_in_mid_run(lab, split):
     assert relative(result, guided(lab, lab.flux)) < 0.2
     split()
     assert relative(guided(lab, model), result) < 1e-5
-
-
-def scheduled():
-    """One prompt until the middle, another from there on, with no gap."""
-    first = node_helpers.conditioning_set_values(emoji.conditioning("cat face"), {"end_percent": 0.5})
-    second = node_helpers.conditioning_set_values(
-        emoji.conditioning("red heart"), {"start_percent": 0.5, "end_percent": 1.0}
-    )
-    return first + second
 
 
 @pytest.mark.parametrize("cfg", [1.0, 3.0])

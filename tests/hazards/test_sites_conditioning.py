@@ -1,0 +1,383 @@
+"""H20 to H33 and H42 to H55 for every site, the whole model's output included."""
+
+from __future__ import annotations
+
+import comfy.controlnet
+import comfy.hooks
+import comfy.model_management
+import comfy.samplers
+import node_helpers
+import pytest
+import torch
+from lab import relative
+from scenes import SITES, Site, guided, repeated, scheduled
+from slipstream.demo import emoji
+
+EVERYWHERE = [
+    Site("flux", "model output", "double_blocks"),
+    Site("unet", "model output", "middle_block"),
+    *[s for s in SITES if s.depth < 0 and s.model != "sd3"],
+]
+everywhere = pytest.mark.parametrize("site", EVERYWHERE, ids=str)
+
+
+@everywhere
+def test_h20_cfg_1_to_3_to_1(lab, site):
+    used = site.every(lab)
+    for cfg in (1.0, 3.0, 1.0):
+        assert torch.equal(lab.sample(used, cfg=cfg), lab.sample(site.every(lab), cfg=cfg))
+        assert lab.report(used)["filled"] >= 8
+
+
+@pytest.mark.parametrize("site", [s for s in EVERYWHERE if s.model == "flux"], ids=str)
+def test_h21_cfg_appears_in_mid_run(lab, split, site):
+    model = site.every(lab)
+    result = guided(lab, model)
+    trace = lab.report(model)["trace"]
+    changed = [e for e in trace if e["reason"] == "the active conditioning changed"]
+    assert len(changed) == 1 and changed[0]["action"] == "computed"
+    assert relative(result, guided(lab, lab.flux)) < 0.2
+    split()
+    assert relative(guided(lab, model), result) < 1e-5
+
+
+@everywhere
+def test_h22_a_prompt_schedule_computes_the_new_prompt(lab, split, site):
+    model = site.every(lab)
+    result = lab.sample(model, positive=scheduled(), cfg=3.0)
+    trace = lab.report(model)["trace"]
+    changed = [e["index"] for e in trace if e["reason"] == "the active conditioning changed"]
+    assert changed and all(trace[i]["action"] == "computed" for i in changed)
+    assert sum(e["action"] != "computed" for e in trace) >= 5
+    split()
+    assert relative(lab.sample(model, positive=scheduled(), cfg=3.0), result) < 1e-5
+
+
+def areas():
+    """A prompt for everything, another for the upper left quarter: calls of two shapes in every evaluation."""
+    corner = node_helpers.conditioning_set_values(
+        emoji.conditioning("red heart"), {"area": (8, 8, 0, 0), "strength": 1.0, "set_area_to_bounds": False}
+    )
+    return emoji.conditioning("cat face") + corner
+
+
+def masks():
+    left = torch.zeros(1, 16, 16)
+    left[..., :8] = 1.0
+    half = {"mask_strength": 1.0, "set_area_to_bounds": False}
+    return node_helpers.conditioning_set_values(emoji.conditioning("cat face"), {"mask": left, **half}) + (
+        node_helpers.conditioning_set_values(emoji.conditioning("red heart"), {"mask": 1.0 - left, **half})
+    )
+
+
+@everywhere
+@pytest.mark.parametrize("positive", [areas, masks], ids=["h23_areas", "h24_masks"])
+def test_h23_h24_regional_prompts_are_filled_and_split_equals_batched(lab, split, site, positive):
+    model = site.every(lab)
+    result = lab.sample(model, positive=positive(), cfg=3.0)
+    assert lab.report(model)["filled"] >= 8
+    plain = lab.sample(getattr(lab, site.model), positive=positive(), cfg=3.0)
+    assert relative(result, plain) < 0.2
+    split()
+    assert relative(lab.sample(model, positive=positive(), cfg=3.0), result) < 1e-5
+
+
+@everywhere
+def test_h25_conds_packed_two_and_one_keep_their_histories(lab, monkeypatch, site):
+    """Three conds in a call, then two and one: the same picture, though the packing changes in mid-run."""
+    model = site.every(lab)
+    positive = emoji.conditioning("cat face") + emoji.conditioning("red heart")
+    together = lab.sample(model, positive=positive, cfg=3.0)
+    true_free, base = comfy.model_management.get_free_memory, model.model
+    needed, calls = base.memory_required, []
+
+    def required(shape, *args, **kwargs):
+        calls.append(shape[0])
+        return 1.0 if shape[0] < 3 else 1e30
+
+    def free(device=None, torch_free_too=False):
+        return true_free(device, True) if torch_free_too else 1e20
+
+    def pack(step, *_):
+        if step == 4:  # from here on, memory is short
+            monkeypatch.setattr(comfy.model_management, "get_free_memory", free)
+            monkeypatch.setattr(base, "memory_required", required)
+
+    try:
+        apart = lab.sample(model, positive=positive, cfg=3.0, callback=pack)
+    finally:
+        monkeypatch.setattr(base, "memory_required", needed)
+    assert 3 in calls and 2 in calls
+    assert lab.report(model)["filled"] >= 8
+    assert relative(apart, together) < 1e-5
+
+
+@everywhere
+def test_h26_images_of_a_batch_share_only_the_decision(lab, site):
+    model = site.every(lab)
+    alone = lab.sample(model, prompts=["cat face"])
+    both = lab.sample(model, prompts=["cat face", "red heart"])
+    assert lab.report(model)["filled"] >= 8
+    assert relative(both[:1], alone) < 1e-5
+
+
+@everywhere
+def test_h27_a_negative_of_another_length(lab, site):
+    tokens, values = emoji.conditioning("hamburger")[0]
+    long = [[torch.cat([tokens] * 5 + [tokens[:, :1]], 1), values]]  # too different to be padded into one batch
+    model = site.every(lab)
+    result = lab.sample(model, negative=long, cfg=3.0)
+    assert lab.report(model)["filled"] >= 8
+    assert relative(result, lab.sample(getattr(lab, site.model), negative=long, cfg=3.0)) < 0.2
+    assert torch.equal(lab.sample(model, negative=long, cfg=3.0), result)
+
+
+class Residuals(comfy.controlnet.ControlBase):
+    """A ControlNet whose residuals are fixed random tensors of the shapes a recorded network asks for."""
+
+    def __init__(self, shapes: dict[str, list[tuple[int, ...]]]):
+        super().__init__()
+        self.shapes = shapes
+        self.calls = 0
+
+    def get_control(self, x_noisy, t, cond, batched_number, *args):
+        start, end = self.timestep_range
+        if not start >= t[0] >= end:
+            return None
+        self.calls += 1
+        generator = torch.Generator().manual_seed(7)
+        rows = x_noisy.shape[0]
+        return {
+            part: [0.05 * torch.randn(1, *shape, generator=generator).expand(rows, *shape).clone() for shape in shapes]
+            for part, shapes in self.shapes.items()
+        }
+
+    def copy(self):
+        copied = Residuals(self.shapes)
+        self.copy_to(copied)
+        return copied
+
+    def get_models(self):
+        return []
+
+
+def controlled(model, start=0.0, end=1.0):
+    """Conditioning with a ControlNet for the tiny Flux (tokens) or the tiny U-Net (feature maps of its skips)."""
+    if model == "flux":
+        shapes = {"input": [(64, 256)] * 2, "output": [(64, 256)] * 3}
+    else:
+        maps = [(32, 16, 16), (32, 16, 16), (32, 8, 8), (64, 8, 8)]  # popped from the end, one per output block
+        shapes = {"output": maps, "middle": [(64, 8, 8)]}
+    control = Residuals(shapes)
+    control.set_cond_hint(torch.zeros(1, 3, 64, 64), 1.0, (start, end))
+    return node_helpers.conditioning_set_values(
+        emoji.conditioning("hamburger"), {"control": control, "control_apply_to_uncond": True}
+    )
+
+
+CONTROLLED = [s for s in EVERYWHERE if s.model in ("flux", "unet")]
+
+
+@pytest.mark.parametrize("site", CONTROLLED, ids=str)
+def test_h28_a_controlnet_range_computes_at_its_edges(lab, split, site):
+    model, base = site.every(lab, 2), getattr(lab, site.model)
+    positive = controlled(site.model, 0.2, 0.7)
+    result = lab.sample(model, positive=positive, cfg=3.0, steps=24)
+    trace = lab.report(model)["trace"]
+    changed = [e for e in trace if e["reason"] == "the active conditioning changed"]
+    assert len(changed) == 2 and all(e["action"] == "computed" for e in changed)
+    assert lab.report(model)["filled"] >= 6
+    plain = lab.sample(base, positive=positive, cfg=3.0, steps=24)
+    without = lab.sample(base, cfg=3.0, steps=24)
+    assert relative(plain, without) > 1e-3  # the control does something
+    assert relative(result, plain) < 0.2
+    split()
+    assert relative(lab.sample(model, positive=positive, cfg=3.0, steps=24), result) < 1e-5
+
+
+@pytest.mark.parametrize("site", [s for s in CONTROLLED if s.site != "model output"], ids=str)
+def test_h28_a_fill_with_a_controlnet_reproduces_the_full_output(lab, caplog, site):
+    """Residuals added inside what is skipped are in the cached features, the others are added anew, none twice."""
+    differences, report = repeated(lab, site.every(lab, 2), positive=controlled(site.model))
+    filled = [d for d, e in zip(differences, report["trace"][1::2], strict=True) if e["action"] != "computed"]
+    assert len(filled) >= 5 and max(filled) <= (0.0 if site.site != "block stack" else 5e-6)
+    assert "control could not be applied" not in caplog.text
+
+
+@pytest.mark.parametrize("site", [s for s in EVERYWHERE if s.model == "flux"], ids=str)
+def test_h29_a_lora_schedule_computes_where_its_strength_changes(lab, site):
+    weight = lab.flux.model.diffusion_model.double_blocks[0].img_mlp[0].weight
+    patch = 0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(5))
+    hooks = comfy.hooks.create_hook_lora({"diffusion_model.double_blocks.0.img_mlp.0.diff": patch}, 1.0, 0.0)
+    frames = comfy.hooks.HookKeyframeGroup()
+    for strength, start in ((0.0, 0.0), (1.0, 0.5)):
+        frames.add(comfy.hooks.HookKeyframe(strength=strength, start_percent=start))
+    hooks.set_keyframes_on_hooks(frames)
+    positive = comfy.hooks.set_hooks_for_conditioning(emoji.conditioning("hamburger"), hooks)
+    model = site.every(lab)
+    plain, without = lab.sample(lab.flux, positive=positive), lab.sample(lab.flux)
+    result = lab.sample(model, positive=positive)
+    trace = lab.report(model)["trace"]
+    changed = [e for e in trace if e["reason"] == "the active conditioning changed"]
+    assert changed and changed[0]["action"] == "computed"
+    assert lab.report(model)["filled"] >= 6
+    assert relative(plain, without) > 0.02
+    assert relative(result, plain) < 0.5 * relative(plain, without)
+
+
+@pytest.mark.parametrize("site", [s for s in EVERYWHERE if s.model == "unet"], ids=str)
+def test_h30_perturbed_attention_has_a_history_of_its_own(lab, site):
+    from comfy_extras.nodes_pag import PerturbedAttentionGuidance
+
+    patch = getattr(PerturbedAttentionGuidance, "execute", None) or PerturbedAttentionGuidance().patch
+    results = []
+    for model in (getattr(lab, site.model), site.every(lab)):
+        guided_model = patch(model, 3.0)
+        guided_model = (guided_model.result if hasattr(guided_model, "result") else guided_model)[0]
+        results.append(lab.sample(guided_model, cfg=3.0))
+    assert lab.report(guided_model)["filled"] >= 8
+    assert relative(results[0], lab.sample(getattr(lab, site.model), cfg=3.0)) > 1e-3
+    assert relative(results[1], results[0]) < 0.2
+
+
+@pytest.mark.parametrize("site", [s for s in EVERYWHERE if s.model == "flux"], ids=str)
+def test_h30_an_extra_pass_that_skips_a_block_is_apart(lab, site):
+    """What skip-layer guidance does: one more call per step, in which a replaced block hands its input through."""
+
+    def guidance(args):
+        options = comfy.model_patcher.set_model_options_patch_replace(
+            args["model_options"], lambda a, extra: a, "dit", "double_block", 1
+        )
+        (skipped,) = comfy.samplers.calc_cond_batch(
+            args["model"], [args["cond"]], args["input"], args["sigma"], options
+        )
+        return args["denoised"] + 0.5 * (args["cond_denoised"] - skipped)
+
+    results = []
+    for model in (lab.flux, site.every(lab)):
+        model = model.clone()
+        model.set_model_sampler_post_cfg_function(guidance)
+        results.append(lab.sample(model, cfg=3.0))
+    assert lab.report(model)["filled"] >= 8
+    assert relative(results[0], lab.sample(lab.flux, cfg=3.0)) > 1e-3
+    assert relative(results[1], results[0]) < 0.2
+
+
+@pytest.mark.parametrize("site", [s for s in EVERYWHERE if s.model == "flux"], ids=str)
+def test_h31_reference_latents(lab, site):
+    reference = lab.sample(lab.flux, seed=9)
+    positive = node_helpers.conditioning_set_values(emoji.conditioning("hamburger"), {"reference_latents": [reference]})
+    model = site.every(lab)
+    result = lab.sample(model, positive=positive, cfg=3.0)
+    assert lab.report(model)["filled"] >= 8
+    plain = lab.sample(lab.flux, positive=positive, cfg=3.0)
+    assert relative(plain, lab.sample(lab.flux, cfg=3.0)) > 1e-3
+    assert relative(result, plain) < 0.2
+
+
+@everywhere
+def test_h42_a_sampler_that_adds_noise_is_reused_and_stays_near(lab, site):
+    model, base = site.every(lab, 2), getattr(lab, site.model)
+    result = lab.sample(model, sampler="euler_ancestral", steps=24)
+    report = lab.report(model)
+    assert {e["action"] for e in report["trace"]} == {"computed", "reused"}
+    plain = lab.sample(base, sampler="euler_ancestral", steps=24)
+    assert relative(result, plain) < 0.7 * relative(lab.sample(base, sampler="euler_ancestral", steps=12), plain)
+
+
+@everywhere
+@pytest.mark.parametrize("sampler", ["heun", "dpmpp_2m", "uni_pc", "dpm_2"])
+def test_h40_h43_samplers_of_every_kind(lab, site, sampler):
+    model, base = site.every(lab, 2), getattr(lab, site.model)
+    result = lab.sample(model, sampler=sampler)
+    report = lab.report(model)
+    assert report["filled"] >= 4 and report["trace"][-1]["action"] == "computed"
+    plain = lab.sample(base, sampler=sampler)
+    assert relative(result, plain) < 0.9 * relative(lab.sample(base, sampler=sampler, steps=4), plain)
+
+
+@everywhere
+def test_h44_h45_late_starts_and_few_steps(lab, site):
+    base, model = getattr(lab, site.model), site.every(lab, 2)
+    latent = lab.sample(base, seed=5)
+    lab.sample(model, latent=latent, denoise=0.6)
+    assert lab.report(model)["filled"] >= 4
+    assert torch.equal(lab.sample(model, steps=4), lab.sample(base, steps=4))
+    lab.sample(model, steps=8)
+    assert lab.report(model)["filled"] <= 1
+
+
+@everywhere
+def test_h47_what_an_inpaint_mask_keeps_is_exact(lab, site):
+    model, base = site.every(lab), getattr(lab, site.model)
+    latent = lab.sample(base, seed=5)
+    mask = torch.zeros(1, 1, 16, 16)
+    mask[..., 4:12, 4:12] = 1.0
+    result = lab.sample(model, latent=latent, noise_mask=mask, cfg=3.0)
+    assert lab.report(model)["filled"] >= 8
+    kept = mask.expand_as(result) == 0
+    plain = lab.sample(base, latent=latent, noise_mask=mask, cfg=3.0)
+    assert torch.equal(result[kept], plain[kept])
+    assert relative(result, plain) < 0.2
+
+
+@everywhere
+def test_h48_a_run_in_two_halves_starts_each_cold(lab, site):
+    used = site.every(lab, 2)
+
+    def halves(model):
+        first = lab.sample(model, steps=24, last_step=12, force_full_denoise=False)
+        return lab.sample(model, steps=24, start_step=12, latent=first, disable_noise=True)
+
+    assert torch.equal(halves(used), halves(site.every(lab, 2)))
+    trace = lab.report(used)["trace"]
+    assert trace[0]["action"] == "computed" and any(e["action"] != "computed" for e in trace)
+    base = getattr(lab, site.model)
+    plain = lab.sample(base, steps=24)
+    assert relative(halves(used), plain) < relative(lab.sample(base, steps=12), plain)
+
+
+@pytest.mark.parametrize("site", [s for s in EVERYWHERE if s.model == "unet"], ids=str)
+@pytest.mark.parametrize("prediction", ["eps", "v_prediction", "x0", "edm"])
+def test_h49_every_kind_of_prediction(lab, site, prediction):
+    from comfy_extras import nodes_model_advanced
+
+    def patched(model):
+        if prediction == "edm":
+            node, values = nodes_model_advanced.ModelSamplingContinuousEDM, ("edm", 80.0, 0.002)
+        else:
+            node, values = nodes_model_advanced.ModelSamplingDiscrete, (prediction, False)
+        patch = getattr(node, "execute", None) or node().patch
+        out = patch(model, *values)
+        return (out.result if hasattr(out, "result") else out)[0]
+
+    base, model = patched(lab.unet), patched(site.every(lab, 2))
+    result, plain = lab.sample(model, steps=24), lab.sample(base, steps=24)
+    assert lab.report(model)["filled"] >= 8
+    assert relative(result, plain) < relative(lab.sample(base, steps=12), plain)
+
+
+TRAINED = [
+    Site("flux", "model output", ""),
+    Site("flux", "block stack", ""),
+    Site("flux", "last block", ""),
+    Site("trained_unet", "model output", ""),
+    Site("trained_unet", "U-Net depth", "", depth=1),
+    Site("trained_unet", "U-Net encoder", ""),
+]
+
+
+@pytest.mark.parametrize("site", TRAINED, ids=str)
+def test_h54_a_forecast_beats_reuse_and_both_beat_fewer_steps(lab, site):
+    base = getattr(lab, site.model)
+    plain = lab.sample(base, steps=28)
+    errors = {}
+    for kind in ("Taylor", None):
+        model = site.every(lab, 3, predictor=kind)
+        errors[kind] = relative(lab.sample(model, steps=28), plain)
+    computed = lab.report(model)["computed"]
+    fewer = relative(lab.sample(base, steps=computed), plain)
+    assert errors["Taylor"] < 0.6 * errors[None]
+    assert errors["Taylor"] < 0.6 * fewer
+    report = lab.report(model)
+    assert 0 < report["seconds_saved"] < report["seconds"] * 10  # H55: time by the clock, not by the count

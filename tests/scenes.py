@@ -1,0 +1,93 @@
+"""Situations that several test files share: the inner sites, guiders and prompts of the hazards."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import comfy.samplers
+import node_helpers
+import pytest
+import torch
+from slipstream.demo import emoji
+
+
+@dataclass(frozen=True)
+class Site:
+    """One inner site on one tiny model; `inside` names modules that a filled evaluation must not run."""
+
+    model: str
+    site: str
+    inside: str
+    depth: int = -1
+
+    def every(self, lab, n: int = 3, **options):
+        """The model with every n-th step computed at this site."""
+        return lab.every(getattr(lab, self.model), n, site=self.site, depth=self.depth, **options)
+
+    def __str__(self) -> str:
+        return f"{self.model}-{self.site.replace(' ', '_')}"
+
+
+SITES = [
+    Site("flux", "block stack", "single_blocks"),
+    Site("flux", "last block", "double_blocks"),
+    Site("lumina", "block stack", "layers.1"),
+    Site("sd3", "last block", "joint_blocks"),
+    Site("unet", "U-Net depth", "middle_block"),
+    Site("unet", "U-Net depth", "middle_block", depth=2),
+    Site("unet", "U-Net encoder", "input_blocks.1"),
+]
+every_site = pytest.mark.parametrize("site", SITES, ids=str)
+
+
+class GuiderThatTurnsCfgOn(comfy.samplers.CFGGuider):
+    """cfg 1 at first, 3 below sigma 0.5: the negative appears in the middle of the run."""
+
+    def predict_noise(self, x, timestep, model_options={}, seed=None):  # noqa: B006  the host's signature
+        self.cfg = 1.0 if float(timestep[0]) > 0.5 else 3.0
+        return super().predict_noise(x, timestep, model_options, seed)
+
+
+def guided(lab, model, steps=16):
+    guider = GuiderThatTurnsCfgOn(model)
+    guider.set_conds(emoji.conditioning("hamburger"), emoji.conditioning(""))
+    latent = lab.latent(model)
+    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", steps)
+    noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        return guider.sample(noise, latent, comfy.samplers.sampler_object("euler"), sigmas, disable_pbar=True, seed=1)
+
+
+def scheduled():
+    """One prompt until the middle, another from there on, with no gap."""
+    first = node_helpers.conditioning_set_values(emoji.conditioning("cat face"), {"end_percent": 0.5})
+    second = node_helpers.conditioning_set_values(
+        emoji.conditioning("red heart"), {"start_percent": 0.5, "end_percent": 1.0}
+    )
+    return first + second
+
+
+def twice(model, x, sigmas, extra_args=None, callback=None, disable=None, **options):
+    """Euler that asks for every output twice, at the same latent and sigma."""
+    differences = options["differences"]
+    for i in range(len(sigmas) - 1):
+        sigma = sigmas[i] * x.new_ones(x.shape[0])
+        denoised, again = (model(x, sigma, **extra_args) for _ in range(2))
+        differences.append(((denoised - again).abs().max() / denoised.abs().max()).item())
+        x = x + (x - denoised) / sigmas[i] * (sigmas[i + 1] - sigmas[i])
+    return x
+
+
+def repeated(lab, model, **conds):
+    """The relative differences of repeated evaluations, and the run's report."""
+    differences: list[float] = []
+    guider = comfy.samplers.CFGGuider(model)
+    guider.set_conds(conds.get("positive", emoji.conditioning("hamburger")), emoji.conditioning(""))
+    guider.set_cfg(3.0)
+    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", 12)
+    latent = lab.latent(model)
+    noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(1))
+    sampler = comfy.samplers.KSAMPLER(twice, {"differences": differences})
+    with torch.inference_mode():
+        guider.sample(noise, latent, sampler, sigmas, disable_pbar=True, seed=1)
+    return differences, lab.report(model)
