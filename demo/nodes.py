@@ -114,4 +114,5 @@ class DemoExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         folder_paths.add_model_folder_path("diffusion_models", str(emoji.MODELS))
         emoji.accept_small_flux()
+        emoji.accept_small_unet()
         return [EmojiPrompt, EmojiVAE, CountEvaluations, CopyInput]

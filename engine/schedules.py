@@ -27,8 +27,8 @@ class Drift:
 class Trace:
     """What one run has seen; the run writes it, schedules read it.
 
-    times: u of the computed evaluations whose snapshots are still held, oldest first; computed: how many there were, at different times;
-    steps: length of the schedule.
+    times: u of the computed evaluations whose snapshots are still held, oldest first; computed: how many there have
+    been, at different times; steps: length of the schedule.
     `moved` sums the mean |x_i - x_{i-1}| of the network's input since the last computed evaluation, worst row; `rate`
     is the relative L1 change of the output per unit of that movement, between the last two computed evaluations.
     `accumulated` belongs to the schedules that add up a probe's change; it is 0 after a computed evaluation.

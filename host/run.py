@@ -316,7 +316,7 @@ class Run:
                 if [t.shape for t in reference] == [t.shape for t in probe]:
                     changes.append(worst_relative_l1(probe, reference))
             if running:
-                self._probe_history(key, 1).push(now.u, probe)
+                self.probes.setdefault(key, History(1)).push(now.u, probe)
         if self._gated:
             return
         self._gated = True
@@ -325,9 +325,6 @@ class Run:
                 now.fill, now.reason = False, "nothing to compare the first block with"
         elif not self.schedule.accept(self.trace, _largest(changes)) and now.fill:
             now.fill, now.reason = False, "the first block changed"
-
-    def _probe_history(self, key: StreamKey, capacity: int) -> History:
-        return self.probes.setdefault(key, History(capacity))
 
     def keep(
         self,
@@ -351,7 +348,7 @@ class Run:
             for i, (key, parts) in enumerate(zip(keys, chunks, strict=True)):
                 history = self.streams.get(key)
                 if history is None:
-                    history = self._new_history(key, parts)
+                    history = self._new_history(key, parts, None if probes is None else probes[i])
                     if history is None:
                         return
                 if len(history):
@@ -362,23 +359,28 @@ class Run:
                     if self.schedule.needs_input_change:
                         self._changes.append(worst_relative_l1(history.newest, parts))
                 history.push(now.u, parts, owned)
-                if probes is not None and self.probe in (Probe.RESIDUAL, Probe.FORECAST):
-                    self._probe_history(key, self._probe_anchors).push(now.u, probes[i])
+                if probes is not None and key in self.probes and self.probe in (Probe.RESIDUAL, Probe.FORECAST):
+                    self.probes[key].push(now.u, probes[i])
 
     @property
     def _probe_anchors(self) -> int:
         gate = getattr(self.schedule, "order", 0) + 1 if self.probe == Probe.FORECAST else 1
         return max(gate, self.predictor.anchors) if self.predictor.per_token else gate
 
-    def _new_history(self, key: StreamKey, parts: Parts) -> History | None:
-        """A history for a new stream, where the budget has room for it."""
-        size = sum(t.numel() * t.element_size() for t in parts) * self.predictor.anchors
+    def _new_history(self, key: StreamKey, parts: Parts, probe: Parts | None) -> History | None:
+        """A history for a new stream and for its probe, where the budget has room for both."""
+        size = _bytes(parts) * self.predictor.anchors
+        probed = probe is not None and self.probe in (Probe.RESIDUAL, Probe.FORECAST)
+        if probed:
+            size += _bytes(probe) * self._probe_anchors
         storage = self.memory.place(size, parts[0].device)
         if storage is None:
             limit = self.memory.limit(parts[0].device) / 1e6
             self.refuse(f"the cache needs {size / 1e6:.1f} MB per prompt, more than the budget of {limit:.1f} MB")
             return None
         self.streams[key] = History(self.predictor.anchors, storage)
+        if probed:
+            self.probes[key] = History(self._probe_anchors, storage)
         return self.streams[key]
 
     # -- looking ahead -------------------------------------------------------------------------------------------
@@ -453,6 +455,10 @@ def _largest(values: list[Tensor]) -> float:
     """The largest of scalar tensors, NaN counted as infinite; one synchronisation for all of them."""
     numbers = [v if math.isfinite(v) else math.inf for v in (float(t) for t in values)]
     return max(numbers)
+
+
+def _bytes(parts: Parts) -> int:
+    return sum(t.numel() * t.element_size() for t in parts)
 
 
 def _change(value: Parts, reference: Parts, base: Parts | None) -> Tensor:

@@ -93,10 +93,10 @@ def sampler_traits(sampler: object) -> Sampler:
 
 
 def active_conditioning(conds: Sequence[Sequence[dict] | None], sigma: float) -> tuple:
-    """What is switched on at this sigma: (cond index, uuid, controls in range, hooks) for every conditioning in its range.
+    """What is switched on at this sigma: (cond index, uuid, controls in range, hooks) of every conditioning in range.
 
     conds: the lists the host evaluates together (positive, negative, ...). When this changes between two evaluations
-    (prompt schedules, ControlNet ranges, LoRA hooks, a negative that appears) a forecast from before the change is void.
+    (prompt schedules, ControlNet ranges, LoRA hooks, a negative that appears) a forecast from before it is void.
     """
     active = []
     for index, group in enumerate(conds):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -111,7 +112,7 @@ def keys_of(schedule, steps: int) -> list[int]:
 def test_deepcache_power_grid_is_dense_at_its_centre():
     keys = power_grid(50, 5, 1.4, 15)  # the settings of the SD1.5 script of the paper's code
     assert len(keys) == 10 and keys[0] == 0 and 15 in keys
-    spacing = [b - a for a, b in zip(keys, keys[1:], strict=False)]
+    spacing = [b - a for a, b in itertools.pairwise(keys)]
     assert min(spacing) == 2 and spacing[-1] == max(spacing)
     assert keys_of(KeySteps(keys), 50) == list(keys)
     with pytest.raises(ValueError, match="no power grid"):

@@ -1,0 +1,115 @@
+"""H69: the cache's bytes are counted, capped and shown, whatever the site; and a fill costs next to nothing."""
+
+from __future__ import annotations
+
+import statistics
+
+import comfy.model_management
+import pytest
+import torch
+from lab import relative
+from scenes import SITES, every_site
+from slipstream.engine.history import Storage
+from slipstream.host import events
+from slipstream.host.memory import AUTOMATIC_SHARE, Memory
+
+# The tiny Flux at 64 image tokens of width 256, in float32: one snapshot, as `docs/memory.md` has it.
+SNAPSHOT = 64 * 256 * 4
+
+
+@pytest.mark.parametrize(
+    ("options", "snapshots"),
+    [
+        ({"site": "last block"}, 2),
+        ({"site": "block stack"}, 2),
+        ({"site": "last block", "predictor": None}, 1),
+        ({"site": "block stack", "method": "first-block gate"}, 3),
+        ({"site": "last block", "method": "confidence gate"}, 4),
+        ({"site": "last block", "predictor": "Per token"}, 6),
+    ],
+)
+def test_h69_the_count_is_the_formula(lab, options, snapshots):
+    model = lab.fast(lab.flux, **options)
+    lab.sample(model)
+    assert lab.report(model)["cache_bytes"] == snapshots * SNAPSHOT
+    lab.sample(model, cfg=3.0, batch=2)
+    assert lab.report(model)["cache_bytes"] == 2 * 2 * snapshots * SNAPSHOT
+
+
+@every_site
+def test_h69_eight_bits_halve_the_cache_and_stay_near(lab, site):
+    full, small = site.every(lab, 2, node="1"), site.every(lab, 2, cache_device="int8", node="2")
+    reference, result = lab.sample(full), lab.sample(small)
+    report = lab.report(small)
+    assert report["filled"] == lab.report(full)["filled"] and report["cache_place"] == "int8"
+    assert report["cache_bytes"] < 0.55 * lab.report(full)["cache_bytes"]
+    plain = lab.sample(getattr(lab, site.model))
+    assert relative(result, reference) < 0.05
+    assert relative(result, plain) < 0.2
+
+
+def test_h69_a_tight_budget_compresses_and_a_tighter_one_computes(lab, monkeypatch):
+    base = lab.flux
+    need = 2 * SNAPSHOT
+
+    def sampled(limit):
+        monkeypatch.setattr(Memory, "limit", lambda self, device: limit)
+        model = lab.every(base, site="last block")
+        return lab.sample(model), lab.report(model)
+
+    _, report = sampled(need)
+    assert report["cache_place"] == "cpu" and report["filled"] >= 8
+    _, report = sampled(need - 1)
+    assert report["cache_place"] == "int8" and report["filled"] >= 8 and report["cache_bytes"] < need
+    result, report = sampled(0.3 * need)
+    assert report["filled"] == 0 and report["cache_bytes"] == 0
+    assert "more than the budget" in report["note"] and "MB" in events.node_text(report)
+    assert torch.equal(result, lab.sample(base))
+
+
+def test_h69_on_a_card_the_order_is_card_then_ram_and_the_host_is_told(monkeypatch):
+    told = []
+    monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda device: 1000.0)
+    monkeypatch.setattr(comfy.model_management, "free_memory", lambda size, device: told.append((size, device.type)))
+    card = torch.device("cuda")
+    memory = Memory()
+    assert memory.limit(card) == AUTOMATIC_SHARE * 1000
+    assert [memory.place(100, card) for _ in range(3)] == [Storage.DEVICE, Storage.DEVICE, Storage.RAM]
+    assert told == [(100, "cuda")] * 2 and not memory.full
+    assert Memory("int8").place(100, card) is Storage.INT8
+    assert Memory("RAM", 1).place(10**9, card) is Storage.RAM
+    assert Memory("GPU", 1).place(10**7, card) is Storage.RAM  # the budget holds, whatever is asked for
+
+
+def test_the_node_shows_what_was_chosen_and_how_much_is_kept(lab):
+    model = lab.fast(lab.flux, site="last block", method="first-block gate", threshold=0.2)
+    lab.sample(model, steps=28)
+    report = lab.report(model)
+    text = events.node_text(report)
+    assert "last-block features, first-block gate, Taylor order 1 (Flux); cache 0.2 MB" in text
+    assert "computed" in text.splitlines()[0] and len(text.splitlines()) == 3
+    automatic = lab.fast(lab.trained_unet)
+    lab.sample(automatic, steps=28)
+    assert "model output, drift budget 0.04, Taylor order 1 (Stable Diffusion U-Net)" in events.summary(
+        lab.report(automatic)
+    )
+
+
+def test_a_filled_evaluation_costs_less_than_one_percent(lab):
+    """At the model output, batch 8, one thread; the host's own work for a step is included."""
+    model = lab.every(lab.flux)
+    prompts = ["grinning face", "red heart", "cat face", "hamburger"] * 2
+    ratios = []
+    for _ in range(3):
+        lab.sample(model, prompts=prompts)
+        trace = lab.report(model)["trace"]
+        seconds = {
+            filled: statistics.median(e["seconds"] for e in trace if (e["action"] != "computed") == filled)
+            for filled in (True, False)
+        }
+        ratios.append(seconds[True] / seconds[False])
+    assert min(ratios) < 0.01
+
+
+def test_sites_are_those_of_the_table():
+    assert {s.site for s in SITES} == {"block stack", "last block", "U-Net depth", "U-Net encoder"}
