@@ -302,28 +302,31 @@ class Run:
         return tuple(combine(history.column(p), index, rows) for p in range(len(history.newest))), order
 
     def _gate(self, keys: list[StreamKey], probes: list[Parts] | None) -> None:
-        """Let the probe decide: the first call of an evaluation decides for all, by the largest change in it."""
+        """Let the probe decide: the cond that the host evaluates first decides for all, its worst row counts.
+
+        The first alone, because the host puts the same one first whether it evaluates them in one call or in several.
+        """
         now, kind = self.current, self.schedule.probe
-        running = kind in (Probe.MODULATED, Probe.EMBEDDING)
-        changes = []
-        for key, probe in zip(keys, probes or [], strict=False):
-            history = self.probes.get(key)
+        change = None
+        if not self._gated and probes:
+            history = self.probes.get(keys[0])
             if history is not None and len(history):
                 if kind == Probe.FORECAST:
                     reference = history.forecast(now.u, Predictor("newton", self.schedule.order))[0]
                 else:
                     reference = history.newest
-                if [t.shape for t in reference] == [t.shape for t in probe]:
-                    changes.append(worst_relative_l1(probe, reference))
-            if running:
+                if [t.shape for t in reference] == [t.shape for t in probes[0]]:
+                    change = worst_relative_l1(probes[0], reference)
+        if kind in (Probe.MODULATED, Probe.EMBEDDING):
+            for key, probe in zip(keys, probes or [], strict=False):
                 self.probes.setdefault(key, History(1)).push(now.u, probe)
         if self._gated:
             return
         self._gated = True
-        if len(changes) < len(keys):
+        if change is None:
             if now.fill:
                 now.fill, now.reason = False, "nothing to compare the first block with"
-        elif not self.schedule.accept(self.trace, _largest(changes)) and now.fill:
+        elif not self.schedule.accept(self.trace, float(change)) and now.fill:
             now.fill, now.reason = False, "the first block changed"
 
     def keep(

@@ -143,6 +143,27 @@ def test_an_automatic_site_falls_back_with_a_remark(lab):
     assert "has no settings for this" in report["remark"] and "drift budget" in report["chose"]
 
 
+@pytest.mark.parametrize("name", ["flux", "ltxv", "lumina2", "hunyuan_video", "hidream", "wan21", "mochi"])
+def test_teacache_sees_the_modulated_input_of_its_families(lab, name):
+    base = families.make(name)
+    hooks = sum(len(m._forward_pre_hooks) for m in base.model.diffusion_model.modules())
+    model = lab.fast(base, method="modulated change", threshold=10.0, predictor=None)
+    result = sample(model, name)
+    report = lab.report(model)
+    reasons = [e["reason"] for e in report["trace"][2:-1]]
+    assert set(reasons) <= {"within budget", "the first block changed", "max skip"}, reasons
+    assert result.isfinite().all() and report["site"] == "block stack"
+    assert sum(len(m._forward_pre_hooks) for m in base.model.diffusion_model.modules()) == hooks
+
+
+@pytest.mark.parametrize("name", ["flux", "chroma", "hunyuan_video", "wan21"])
+def test_magcache_has_a_table_for_its_families(lab, name):
+    base = families.make(name)
+    model = lab.fast(base, method="magnitude", threshold=9.0, predictor=None)
+    sample(model, name)
+    assert lab.report(model)["filled"] >= 3 and lab.report(model)["site"] == "block stack"
+
+
 def test_h31_an_image_to_video_model_gives_fewer_channels_than_it_takes(lab):
     base = families.make("wan21_i2v")
     plain = sample(base, "wan21_i2v")
