@@ -191,8 +191,8 @@ class BlockCall:
         self.filled = run.fill(self.keys, chunks)
         if self.site.level == STACK:
             self.base = tuple(t.clone() for t in image)  # blocks and controls write into their input
-        if self.probe is not None and self.filled is None:
-            self.probe = tuple(t.clone() for t in self.probe)
+        if self.probe is image and self.filled is None:
+            self.probe = tuple(t.clone() for t in image)
 
     def _forecast(self, stream: Parts) -> Parts:
         """What the last block returns: its stream with the forecast in the place of the image tokens."""

@@ -73,8 +73,12 @@ class Recipe:
         what = self.kind if not self.predictor.order else f"{self.kind} order {self.predictor.order}"
         if self.schedule is None:
             return ""
-        budget = f" {self.schedule.budget:g}" if isinstance(self.schedule, DriftBudget) else ""
-        return f"{self.level}, {self.method}{budget}, {what} ({self.family})"
+        number = ""
+        if isinstance(self.schedule, DriftBudget):
+            number = f" {self.schedule.budget:g}"
+        elif isinstance(self.schedule, Interval):
+            number = f" {self.schedule.every:g}"
+        return f"{self.level}, {self.method}{number}, {what} ({self.family})"
 
 
 def level_of(cache: CacheConfig, predictor: PredictorConfig | None, row: Architecture) -> str:

@@ -363,7 +363,7 @@ class Run:
                         self._changes.append(worst_relative_l1(history.newest, parts))
                 history.push(now.u, parts, owned)
                 if probes is not None and key in self.probes and self.probe in (Probe.RESIDUAL, Probe.FORECAST):
-                    self.probes[key].push(now.u, probes[i])
+                    self.probes[key].push(now.u, probes[i], owned)
 
     @property
     def _probe_anchors(self) -> int:
@@ -408,6 +408,14 @@ class Run:
         """What the network is told as its time at a step of the schedule."""
         return float(self.timestep_of(self.clock.sigmas[step]))
 
+    def _why_none(self) -> str:
+        """Why a run that might have skipped did not: the reason given most often, the unavoidable ones left out."""
+        given = Counter(e.reason for e in self.evaluations if e.reason not in ("first evaluations", "last step"))
+        reason = given.most_common(1)[0][0] if given else "too few steps"
+        if reason == "schedule":
+            reason = f"no evaluation was within the {self.recipe.method}"
+        return f"nothing was skipped: {reason}"
+
     # -- the end -------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
@@ -448,7 +456,7 @@ class Run:
             "family": self.recipe.family,
             "chose": "" if self.note else self.recipe.chose,
             "remark": self.recipe.remark,
-            "note": self.note or ("" if filled else "nothing was skipped: no evaluation was within the drift budget"),
+            "note": self.note or ("" if filled else self._why_none()),
             "plan": self.plan.as_json(),
             "trace": [asdict(e) for e in self.evaluations],
         }

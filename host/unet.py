@@ -25,6 +25,9 @@ PLACEHOLDER = 8
 # Prior noise injection of Faster Diffusion (arXiv 2312.09608): strength, and the time from which it acts.
 PRIOR_NOISE, PRIOR_NOISE_FROM = 0.003, 0.5
 
+# Decoder steps run together at most: each needs all encoder features of its own.
+DECODED_AT_ONCE = 8
+
 
 def is_unet(network: torch.nn.Module) -> bool:
     return all(hasattr(network, name) for name in ("input_blocks", "middle_block", "output_blocks"))
@@ -200,9 +203,11 @@ def decode_ahead(call: EncoderCall, executor, args: tuple, kwargs: dict, options
     step = run.grid_step()
     if step is None or call.control is not None or run.sampler.evaluations > 1:
         return None
+    if options.get("patches") or options.get("patches_replace"):
+        return None  # they may depend on the noise level, of which a batch has several
     now = (step, *call.keys)
     if now not in site.ahead:
-        steps = [step, *run.certain_fills(step)]
+        steps = [step, *run.certain_fills(step)][:DECODED_AT_ONCE]
         if len(steps) < 2:
             return None
         filled = [run.forecast_at(call.keys, float(s)) for s in steps]

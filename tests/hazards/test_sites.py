@@ -263,3 +263,47 @@ def test_a_fill_at_equal_input_reproduces_the_full_output(lab, site):
     filled = [d for d, e in zip(differences, report["trace"][1::2], strict=True) if e["action"] != "computed"]
     assert len(filled) >= 5
     assert max(filled) <= (0.0 if site.site != "block stack" else 5e-6)
+
+
+@pytest.mark.parametrize("cfg", [1.0, 3.0])
+def test_faster_diffusion_decodes_the_steps_between_two_keys_in_one_batch(lab, split, monkeypatch, cfg):
+    model = lab.fast(lab.unet, site="U-Net encoder")
+    with lab.calls(model) as together:
+        batched = lab.sample(model, cfg=cfg, steps=28)
+    report = lab.report(model)
+    conds = 1 if cfg == 1.0 else 2
+    assert report["filled"] >= 14 and max(together) >= 4 * conds
+    assert len(together) < report["computed"] + report["filled"] / 2  # far fewer runs than evaluations
+    split()
+    assert relative(lab.sample(model, cfg=cfg, steps=28), batched) < 1e-5
+    monkeypatch.setattr(Run, "certain_fills", lambda self, step: [])
+    with lab.calls(model) as one_by_one:
+        sequential = lab.sample(model, cfg=cfg, steps=28)
+    assert len(one_by_one) == conds * 28 and lab.report(model)["filled"] == report["filled"]
+    assert relative(sequential, batched) < 1e-5
+
+
+def test_prior_noise_adds_a_little_in_the_later_half(lab):
+    plain = lab.sample(lab.fast(lab.unet, site="U-Net encoder"), steps=28)
+    noisy = lab.sample(lab.fast(lab.unet, site="U-Net encoder", prior_noise=True), steps=28)
+    assert 1e-5 < relative(noisy, plain) < 0.05
+    latents = []
+    model = lab.fast(lab.unet, site="U-Net encoder", prior_noise=True)
+    lab.sample(model, steps=28, callback=lambda step, denoised, x, total: latents.append(x.clone()))
+    reference = []
+    lab.sample(
+        lab.fast(lab.unet, site="U-Net encoder"),
+        steps=28,
+        callback=lambda step, denoised, x, total: reference.append(x.clone()),
+    )
+    same = [torch.equal(a, b) for a, b in zip(latents, reference, strict=True)]
+    assert same[5] and not same[-1]  # only from half of the times on
+
+
+def test_a_layer_that_another_pack_replaced_is_noticed(lab):
+    """Not silent: a stack that is never reached computes everything and the node says so."""
+    model = site_model = lab.every(lab.lumina, site="block stack")
+    for key in list(site_model.object_patches):
+        model.add_object_patch(key, site_model.object_patches[key].original)
+    assert torch.equal(lab.sample(model), lab.sample(lab.lumina))
+    assert "was not reached" in lab.report(model)["note"]
