@@ -51,8 +51,8 @@ class Architecture:
 
     networks: class names of the host's networks, with as much of the module path as tells them apart; stacks: empty
     for U-Nets and for unknown networks; batch_dim: where the batch is in the token stream; modulated: path of the
-    first layer that is given the modulated input of block 0; budgets: drift budgets of Safe, Balanced and Fast at the
-    model output, where the family has its own.
+    first layer that is given the modulated input of block 0; site, method: what `auto` means, and so the presets;
+    budgets: drift budgets of Safe, Balanced and Fast there, where the family has its own.
     """
 
     name: str
@@ -62,6 +62,8 @@ class Architecture:
     batch_dim: int = 0
     modulated: str | None = None
     published: Published = Published()
+    site: str = "model output"
+    method: str = "drift budget"
     budgets: tuple[float, float, float] | None = None
 
 

@@ -92,7 +92,7 @@ def level_of(cache: CacheConfig, predictor: PredictorConfig | None, row: Archite
         return FEATURES
     if row.stacks and cache.method in ("first-block gate", "modulated change", "magnitude"):
         return STACK
-    return MODEL_OUTPUT
+    return LEVELS[row.site]
 
 
 def lacks(level: str, row: Architecture) -> str:
@@ -118,13 +118,15 @@ def resolve(plan: Plan, sampler: Sampler, row: Architecture, steps: int, weights
     method = cache.method
     remark = ""
     if method == "auto":
-        method = "key steps" if level == ENCODER else "drift budget"
+        method = "key steps" if level == ENCODER else row.method
     schedule, trouble = _schedule(method, cache, level, row, steps, weights)
     if trouble and cache.site == "auto":
         remark = f"{trouble}, so the drift budget decides"
         method = "drift budget"
         schedule, trouble = _schedule(method, cache, level, row, steps, weights)
     refusal = refusal or trouble
+    if predictor.per_token and schedule is not None and schedule.probe in (Probe.MODULATED, Probe.EMBEDDING):
+        refusal = refusal or "the per-token predictor needs another gate than TeaCache's; choose the first-block gate"
     if level == MODEL_OUTPUT and row.name == "unknown model" and not remark:
         remark = "this model is not in Slipstream's table, so its whole output is cached"
     needs_block = predictor.per_token or (schedule is not None and schedule.probe is not None)

@@ -129,8 +129,8 @@ class CacheLoader(io.ComfyNode):
                     step=0.01,
                     advanced=True,
                     tooltip=(
-                        "For the gates, accumulated change and magnitude (Custom only). 0 takes the value the "
-                        "method's authors give for this model; lower skips less. Try 0.08 with first-block gate."
+                        "For the gates and magnitude (Custom only). 0 takes the value the method's authors give for "
+                        "this model (accumulated change: drift_budget); lower skips less. Try 0.08 with first-block gate."
                     ),
                 ),
                 widget(

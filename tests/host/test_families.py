@@ -123,6 +123,7 @@ def test_an_unknown_model_is_cached_at_its_output_and_says_so(lab):
         ("flux", {"site": "U-Net depth"}, "needs a U-Net, and this is a Flux"),
         ("sd15", {"site": "U-Net depth", "method": "magnitude"}, "has no settings for this"),
         ("flux", {"site": "model output", "predictor": "Per token"}, "needs the blocks of a transformer"),
+        ("flux", {"method": "modulated change", "predictor": "Per token"}, "needs another gate than TeaCache's"),
     ],
 )
 def test_what_a_family_lacks_is_computed_plainly_and_said(lab, caplog, name, options, sentence):

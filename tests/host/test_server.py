@@ -64,6 +64,20 @@ def test_the_nodes_are_really_registered(server):
     contract = json.loads((ROOT / "tests" / "unit" / "contract.json").read_text())
     assert set(contract) <= set(info)
     assert all(info[name]["category"] == "slipstream" for name in contract)
+    # H67: what 0.1.0 did not have is optional, so prompts that were saved then still run
+    assert len(info["SlipstreamCacheLoader"]["input"]["required"]) == 7
+    assert len(info["SlipstreamTaylorPredictor"]["input"]["required"]) == 3
+
+
+def test_h67_a_prompt_saved_by_an_older_version_still_runs(server, prompt):
+    old = json.loads(json.dumps(prompt))
+    for node in old.values():
+        for name in list(node["inputs"]):
+            if name in ("site", "depth", "threshold", "prior_noise", "cache_device", "memory_budget_mb", "scale"):
+                del node["inputs"][name]
+    assert old != prompt
+    changed = workflow.change(old, "KSampler", seed=102)
+    assert any("computed" in text for text in run(server, changed).texts.values())
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda p: p.stem)
