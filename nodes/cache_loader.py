@@ -130,7 +130,7 @@ class CacheLoader(io.ComfyNode):
                     advanced=True,
                     tooltip=(
                         "For the gates and magnitude (Custom only). 0 takes the value the method's authors give for "
-                        "this model (accumulated change: drift_budget); lower skips less. Try 0.08 with first-block gate."
+                        "this model; lower skips less. Try 0.08 with first-block gate."
                     ),
                 ),
                 widget(
