@@ -125,8 +125,13 @@ class Run:
         self.note = f"nothing more is skipped: {why}"
         if self.current is not None:
             self.current.fill, self.current.reason = False, self.note
+        self._forget()
+
+    def _forget(self) -> None:
+        """Drop every snapshot and what was planned for them."""
         self.streams.clear()
         self.probes.clear()
+        self.memory.planned = 0
 
     # -- one evaluation ------------------------------------------------------------------------------------------
 
@@ -185,8 +190,7 @@ class Run:
         if self._active.setdefault(batch, active) != active:
             self._active[batch] = active
             self.trace = Trace(self.clock.steps)
-            self.streams.clear()
-            self.probes.clear()
+            self._forget()
             if not self._orders:
                 self.current.fill, self.current.reason = False, "the active conditioning changed"
 
@@ -231,8 +235,8 @@ class Run:
         kept = [t for t in trace.times if abs(t - now.u) >= SAME_TIME]
         trace.computed += len(kept) == len(trace.times)  # samplers like heun come to one time twice
         trace.times = [*kept, now.u][-self.predictor.anchors :]
-        kept = (*self.streams.values(), *self.probes.values())
-        self.peak_bytes = max(self.peak_bytes, sum(h.nbytes for h in kept))
+        histories = (*self.streams.values(), *self.probes.values())
+        self.peak_bytes = max(self.peak_bytes, sum(h.nbytes for h in histories))
 
     def _estimate_filled(self, measured: Drift) -> None:
         """Give the evaluations filled since the last computed one their share of the drift measured after them."""
@@ -420,8 +424,7 @@ class Run:
 
     def close(self) -> None:
         """Free every tensor."""
-        self.streams.clear()
-        self.probes.clear()
+        self._forget()
         self._drifts.clear()
         self._changes.clear()
         self._x = self._x_computed = self.current = self.inner = None

@@ -67,6 +67,17 @@ def test_h69_a_tight_budget_compresses_and_a_tighter_one_computes(lab, monkeypat
     assert torch.equal(result, lab.sample(base))
 
 
+def test_h69_what_a_prompt_change_frees_is_free_again(lab, monkeypatch):
+    """A schedule of prompts voids the history; the new one takes the room of the old, not more."""
+    from scenes import scheduled
+
+    monkeypatch.setattr(Memory, "limit", lambda self, device: 2 * SNAPSHOT)
+    model = lab.every(lab.flux, site="last block")
+    lab.sample(model, positive=scheduled())
+    report = lab.report(model)
+    assert report["filled"] >= 5 and report["cache_place"] == "cpu"
+
+
 def test_h69_on_a_card_the_order_is_card_then_ram_and_the_host_is_told(monkeypatch):
     told = []
     monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda device: 1000.0)

@@ -25,6 +25,15 @@ def test_h40_two_evaluations_in_a_step_are_one_step(lab, sampler):
     assert report["trace"][-1]["action"] == "computed"
 
 
+def test_h40_a_sigma_that_comes_twice_is_one_measurement(lab):
+    """heun evaluates 0, 1, 1, 2, 2, ...: order 1 needs three different times before the first fill."""
+    model = lab.every(lab.flux)
+    lab.sample(model, sampler="heun")
+    trace = lab.report(model)["trace"]
+    assert [round(e["u"]) for e in trace[:5]] == [0, 1, 1, 2, 2]
+    assert [e["action"] for e in trace[:4]] == ["computed"] * 4 and trace[4]["action"] != "computed"
+
+
 @pytest.mark.parametrize("scheduler", ["simple", "karras", "beta", "exponential", "sgm_uniform", "kl_optimal"])
 @pytest.mark.parametrize("name", ["flux", "unet"])
 def test_h41_the_coordinate_follows_the_schedule(lab, name, scheduler):
