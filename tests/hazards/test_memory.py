@@ -75,7 +75,7 @@ def test_h69_what_a_prompt_change_frees_is_free_again(lab, monkeypatch):
     model = lab.every(lab.flux, site="last block")
     lab.sample(model, positive=scheduled())
     report = lab.report(model)
-    assert report["filled"] >= 5 and report["cache_place"] == "cpu"
+    assert report["filled"] >= 4 and report["cache_place"] == "cpu"
 
 
 def test_h69_on_a_card_the_order_is_card_then_ram_and_the_host_is_told(monkeypatch):
