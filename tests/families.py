@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
 import comfy.model_management
 import comfy.model_patcher
+import comfy.sd
 import comfy.supported_models
 import torch
 from lab import random_weights
+from safetensors.torch import save_file
 
 
 def _nothing(generator: torch.Generator, tokens: int) -> dict:
@@ -529,6 +532,31 @@ FAMILIES: dict[str, Family] = {
     ),
 }  # fmt: skip
 
+# Small enough in the sizes that the host's own detection accepts: these go through a file and the stock loader. All
+# other families have widths or block counts there that it takes for granted.
+LOADED: dict[str, Family] = {
+    "sd15 file": Family(
+        "SD15",
+        UNET | dict(model_channels=320, num_res_blocks=[1, 1], transformer_depth=[1, 1],
+                    transformer_depth_output=[1, 1, 1, 1], channel_mult=[1, 1], context_dim=768),
+        (1, 4, 8, 8), (20, 768),
+    ),
+    "sd3 file": Family("SD3", SD3, (1, 16, 16, 16), (20, 64), _pooled(64)),
+    "wan21 file": Family(
+        "WAN21_T2V", WAN | dict(dim=128, num_heads=1, ffn_dim=256, freq_dim=256, text_dim=4096), (1, 16, 3, 8, 8),
+        (20, 4096),
+    ),
+    "hunyuan_video file": Family(
+        "HunyuanVideo",
+        HUNYUAN_VIDEO | dict(vec_in_dim=768, axes_dim=[16, 56, 56], context_in_dim=4096, hidden_size=128, num_heads=1),
+        (1, 16, 3, 8, 8), (20, 4096), _pooled(768, guidance=6.0),
+    ),
+    "ltxv file": Family(
+        "LTXV", dict(image_model="ltxv", num_layers=3, attention_head_dim=4, cross_attention_dim=128),
+        (1, 128, 3, 4, 4), (20, 4096), _masked,
+    ),
+}  # fmt: skip
+
 NOT_TINY: dict[str, str] = {
     "minimax_music3": "its transformer is hard coded: 36 layers, 2048 channels wide",
     "trellis2": "it denoises sparse voxel latents whose coordinates come from its own nodes",
@@ -570,9 +598,20 @@ def _build(family: Family, config: dict):
         return _build(family, {key: value for key, value in config.items() if key not in unknown})
 
 
+def _family(name: str) -> Family:
+    return LOADED[name] if name in LOADED else FAMILIES[name]
+
+
+def load(name: str, folder: Path) -> comfy.model_patcher.ModelPatcher:
+    """One of LOADED, saved as a file and read by the host's own diffusion-model loader."""
+    path = folder / f"{name.replace(' ', '_')}.safetensors"
+    save_file(make(name).model.diffusion_model.state_dict(), path)
+    return comfy.sd.load_diffusion_model(str(path))
+
+
 def make(name: str) -> comfy.model_patcher.ModelPatcher:
     """The named family with random weights, the same at every call."""
-    family = FAMILIES[name]
+    family = _family(name)
     model = _build(family, {**family.config})
     family.trim(model.diffusion_model)
     model.diffusion_model.load_state_dict(_weights(model.diffusion_model))
@@ -584,7 +623,7 @@ def make(name: str) -> comfy.model_patcher.ModelPatcher:
 
 def conditioning(name: str, seed: int, tokens: int | None = None) -> list:
     """A random prompt in the host's CONDITIONING form."""
-    family = FAMILIES[name]
+    family = _family(name)
     generator = torch.Generator().manual_seed(seed)
     tokens = tokens or family.context[0]
     values = family.extra(generator, tokens)
@@ -593,7 +632,7 @@ def conditioning(name: str, seed: int, tokens: int | None = None) -> list:
 
 def latent(name: str, batch: int = 1):
     """An empty latent of the named family: a tensor, or the host's nested one where it has several streams."""
-    shape = FAMILIES[name].latent
+    shape = _family(name).latent
     if isinstance(shape[0], int):
         return torch.zeros(batch, *shape[1:])
     from comfy.nested_tensor import NestedTensor

@@ -65,7 +65,18 @@ def runs_below(model, path: str, action) -> int:
 
 @pytest.mark.parametrize("name", families.available())
 def test_family(lab, split, name):
-    base = families.make(name)
+    check(lab, split, name, families.make(name))
+
+
+@pytest.mark.parametrize("name", sorted(families.LOADED))
+def test_a_checkpoint_through_the_stock_loader(lab, split, name, tmp_path):
+    base = families.load(name, tmp_path)
+    assert architecture_of(base.model.diffusion_model) is architecture_of(families.make(name).model.diffusion_model)
+    check(lab, split, name, base)
+
+
+def check(lab, split, name: str, base) -> None:
+    """Off is identical, hooked is identical, filled runs skip what they say, split equals batched, nothing stays."""
     network = base.model.diffusion_model
     sites = sites_of(network)
     assert bool(sites) != (name in OUTPUT_ONLY)
