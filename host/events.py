@@ -84,8 +84,8 @@ def node_text(report: dict) -> str:
     drift = f", off by {100 * report['drift_mean']:.1f} %" if report["drift_mean"] is not None else ""
     lines = [
         f"computed {report['computed']} of {report['evaluations']}{drift}",
-        f"{report['seconds']:.2f} s, about {report['seconds_saved']:.2f} s saved",
-        f"{report['chose'] or report['note']}; cache {_megabytes(report)}",
+        f"{report['seconds']:.2f} s, about {report['seconds_saved']:.2f} s saved, {_megabytes(report)}",
+        report["chose"] or report["note"],
     ]
     return "\n".join([*lines, *([report["remark"]] if report["remark"] else [])])
 
@@ -112,5 +112,5 @@ def summary(report: dict) -> str:
     return (
         f"computed {report['computed']} of {total} evaluations of {report['sampler']}{drift}, "
         f"{report['seconds']:.2f} s, about {report['seconds_saved']:.2f} s saved; "
-        f"{report['chose'] or report['note']}, cache {_megabytes(report)}" + remark
+        f"{report['chose'] or report['note']} for {report['family']}, cache {_megabytes(report)}" + remark
     )

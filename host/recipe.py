@@ -70,7 +70,7 @@ class Recipe:
     @property
     def chose(self) -> str:
         """Site, schedule and predictor in a few words."""
-        what = self.kind if not self.predictor.order else f"{self.kind} order {self.predictor.order}"
+        what = self.kind if not self.predictor.order else f"{self.kind} {self.predictor.order}"
         if self.schedule is None:
             return ""
         number = ""
@@ -78,7 +78,7 @@ class Recipe:
             number = f" {self.schedule.budget:g}"
         elif isinstance(self.schedule, Interval):
             number = f" {self.schedule.every:g}"
-        return f"{self.level}, {self.method}{number}, {what} ({self.family})"
+        return f"{self.level}, {self.method}{number}, {what}"
 
 
 def level_of(cache: CacheConfig, predictor: PredictorConfig | None, row: Architecture) -> str:
