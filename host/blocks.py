@@ -40,7 +40,11 @@ class Blocks:
 
 
 def _container(network: torch.nn.Module, path: str) -> list[tuple[str, torch.nn.Module]]:
-    return list(network.get_submodule(path).named_children())
+    """The blocks of one stack; none where a variant of the family has no such stack, which the run then says."""
+    try:
+        return list(network.get_submodule(path).named_children())
+    except AttributeError:
+        return []
 
 
 def patched_forwards(patcher, network: torch.nn.Module, row: Architecture) -> dict[str, PatchedForward]:

@@ -29,15 +29,6 @@ PRIOR_NOISE, PRIOR_NOISE_FROM = 0.003, 0.5
 DECODED_AT_ONCE = 8
 
 
-def is_unet(network: torch.nn.Module) -> bool:
-    return all(hasattr(network, name) for name in ("input_blocks", "middle_block", "output_blocks"))
-
-
-def depth_of(network: torch.nn.Module) -> int:
-    """How many depths a U-Net has: 0 keeps the first input and the last output block, and so on."""
-    return len(network.output_blocks)
-
-
 def _layers(network: torch.nn.Module) -> list[tuple[tuple, str]]:
     """((part, block, layer, is last of its block), path) of all layers in running order."""
     found = []
@@ -66,8 +57,11 @@ class UNetSite:
     def __init__(self, run, network: torch.nn.Module, depth: int, level: str):
         self.run = run
         self.level = level
-        self.blocks = depth_of(network)
-        self.depth = min(depth, self.blocks - 1)
+        self.blocks = len(network.output_blocks)
+        middle = network.middle_block is not None and len(list(network.middle_block.children())) > 0
+        # Without a middle block (KOALA) nothing lies below the deepest level, so there is nothing to cache there.
+        self.depth = min(depth, self.blocks - (1 if middle else 2))
+        self.last_encoder = ("middle", 0) if middle else ("input", self.blocks - 1)
         self.ahead: dict[tuple, Tensor] = {}  # outputs decoded in advance, by step and the conds of the call
 
     def attach(self, options: dict) -> None:
@@ -186,7 +180,7 @@ class EncoderCall:
         output = original(*args, **kwargs)
         if last:
             self.features.append(output.clone())
-            if part == "middle":
+            if (part, block) == self.site.last_encoder:
                 run.keep(self.keys, split(tuple(self.features), len(self.keys)), owned=True)
                 self.features = []
                 self.site.ahead.clear()

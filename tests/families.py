@@ -281,6 +281,14 @@ FAMILIES: dict[str, Family] = {
         ),
         (1, 4, 16, 16), (77, 64), _pooled(64),
     ),
+    "koala": Family(  # no middle block
+        "KOALA_700M",
+        UNET | dict(
+            num_classes="sequential", adm_in_channels=64 + 6 * 256, use_linear_in_transformer=True, model_channels=64,
+            transformer_depth=[0, 1, 2], transformer_depth_output=[0, 0, 1, 1, 2, 2], transformer_depth_middle=-2,
+        ),
+        (1, 4, 16, 16), (77, 64), _pooled(64),
+    ),
     "stable_cascade_c": Family("Stable_Cascade_C", CASCADE_C, (1, 16, 8, 8), (20, 64), _pooled(64)),
     "stable_cascade_b": Family("Stable_Cascade_B", CASCADE_B, (1, 4, 16, 16), (20, 64), _pooled(64)),
     "sd3": Family("SD3", SD3, (1, 16, 16, 16), (20, 64), _pooled(64)),

@@ -232,7 +232,8 @@ def test_h17_other_wrappers_and_replacements_are_still_called(lab, site):
         result = lab.sample(model)
         assert calls["function"] == 16
         assert calls["block"] == (8 if site.model in ("flux", "sd3") else 0)  # a filled block is not run at all
-        assert torch.equal(result, lab.sample(site.every(lab)))
+        # with foreign patches the encoder's decoder steps run one by one: the same but for rounding
+        assert relative(result, lab.sample(site.every(lab))) <= (1e-5 if site.site == "U-Net encoder" else 0.0)
 
 
 @every_site

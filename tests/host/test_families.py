@@ -25,7 +25,8 @@ def sites_of(network) -> list[tuple[str, str]]:
     """(site, a module that a filled evaluation must not run)."""
     row = architecture_of(network)
     if row.unet:
-        return [("U-Net depth", "middle_block"), ("U-Net encoder", "input_blocks.1")]
+        deep = "input_blocks.3" if network.middle_block is None else "middle_block"
+        return [("U-Net depth", deep), ("U-Net encoder", "input_blocks.1")]
     if row.stacks:
         path = row.stacks[-1].path
         last = f"{path}.{list(network.get_submodule(path)._modules)[-1]}"
