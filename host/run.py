@@ -102,6 +102,7 @@ class Run:
         self._orders: list[int] = []
         self._kept = False
         self._gated = False
+        self._reshaped = False
         self._x: Tensor | None = None
         self._x_computed: Tensor | None = None
         self._started = time.perf_counter()
@@ -156,7 +157,7 @@ class Run:
         self._drifts.clear()
         self._changes.clear()
         self._orders.clear()
-        self._kept = self._gated = False
+        self._kept = self._gated = self._reshaped = False
         self._evaluation_started = time.perf_counter()
 
     def _decide(self, u: float, sigma: float) -> tuple[bool, str]:
@@ -216,6 +217,8 @@ class Run:
 
     def _learn(self, now: Evaluation) -> None:
         """Take over what a computed evaluation has shown."""
+        if self._reshaped:
+            self.trace = Trace(self.clock.steps)
         trace = self.trace
         if self._drifts:
             drift = _largest([d for d, _, _ in self._drifts])
@@ -358,6 +361,9 @@ class Run:
                     history = self._new_history(key, parts, None if probes is None else probes[i])
                     if history is None:
                         return
+                if len(history) and [t.shape for t in history.newest] != [t.shape for t in parts]:
+                    history.clear()  # a pack that resizes features in a part of the steps (Deep Shrink) came or went
+                    self._reshaped = True
                 if len(history):
                     forecast, order = history.forecast(now.u, self.predictor)
                     reach = span(history.times, now.u, order)

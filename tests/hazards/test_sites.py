@@ -308,3 +308,28 @@ def test_a_layer_that_another_pack_replaced_is_noticed(lab):
         model.add_object_patch(key, site_model.object_patches[key].original)
     assert torch.equal(lab.sample(model), lab.sample(lab.lumina))
     assert "was not reached" in lab.report(model)["note"]
+
+
+@pytest.mark.parametrize(
+    "site", [s for s in DEPTHS if s.depth < 3] + [s for s in SITES if "encoder" in s.site], ids=str
+)
+@pytest.mark.parametrize("pack", ["FreeU", "PatchModelAddDownscale"])
+def test_h17_patches_by_block_keep_their_blocks(lab, site, pack):
+    """FreeU and Deep Shrink act on some blocks' features by number: on skipped ones too, and a fill is still exact."""
+    from comfy_extras import nodes_freelunch, nodes_model_downscale
+
+    node = getattr(nodes_freelunch, pack, None) or getattr(nodes_model_downscale, pack)
+    values = (1.3, 1.4, 0.9, 0.2) if pack == "FreeU" else (2, 2.0, 0.0, 0.5, True, "bicubic", "bicubic")
+    patch = getattr(node, "execute", None) or node().patch
+
+    def patched(model):
+        out = patch(model, *values)
+        return (out.result if hasattr(out, "result") else out)[0]
+
+    base, model = patched(lab.unet), patched(site.every(lab, 2))
+    plain = lab.sample(base)
+    assert relative(plain, lab.sample(lab.unet)) > 1e-3  # the patch does something
+    assert relative(lab.sample(model), plain) < 0.2 and lab.report(model)["filled"] >= 5
+    differences, report = repeated(lab, model)
+    filled = [d for d, e in zip(differences, report["trace"][1::2], strict=True) if e["action"] != "computed"]
+    assert len(filled) >= 5 and max(filled) == 0.0
