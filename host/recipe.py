@@ -47,7 +47,7 @@ POWER_GRID_EVERY, POWER_GRID_POWER, POWER_GRID_CENTRE = 5, 1.4, 0.3
 FASTER_DIFFUSION_KEYS, FASTER_DIFFUSION_STEPS = (0, 1, 2, 3, 5, 10, 15, 25, 35), 50
 MAX_SKIP = 6
 
-# Presets on a U-Net that predicts noise: its output changes far less from step to step than a flow model's.
+# In the order of a row's `budgets`.
 PRESET_NAMES = ("Safe", "Balanced", "Fast")
 
 
@@ -86,8 +86,8 @@ def level_of(cache: CacheConfig, predictor: PredictorConfig | None, row: Archite
     if cache.site != "auto":
         return LEVELS[cache.site]
     per_token = predictor is not None and predictor.kind == "Per token"
-    if row.unet:
-        return DEPTH if cache.method in ("power grid", "first-block gate", "confidence gate") else MODEL_OUTPUT
+    if row.unet and cache.method in ("power grid", "first-block gate", "confidence gate"):
+        return DEPTH
     if row.stacks and (per_token or cache.method == "confidence gate"):
         return FEATURES
     if row.stacks and cache.method in ("first-block gate", "modulated change", "magnitude"):
