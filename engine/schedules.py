@@ -137,13 +137,14 @@ class KeySteps:
     """Compute the listed steps and fill all others: a published list, a grid, a profile.
 
     keys: step numbers from 0; a sampler that evaluates between the steps computes the first evaluation at or after
-    each key.
+    each key. trusted: the list was solved for this very predictor, so no warm-up is added to it.
     """
 
     keys: tuple[int, ...]
     needs_input_change: bool = False
     probe: str | None = None
     spaced: bool = True
+    trusted: bool = False
 
     def skip(self, trace: Trace, u: float, order: int) -> bool:
         return not any(trace.times[-1] + SAME_TIME < key <= u + SAME_TIME for key in self.keys)

@@ -10,7 +10,7 @@ import comfy.model_sampling
 import torch
 from comfy.patcher_extension import WrappersMP
 
-from . import blocks, events, sites, unet
+from . import blocks, events, profiles, sites, unet
 from .architectures import architecture_of
 from .blocks import FEATURES, STACK
 from .calls import PatchedForward
@@ -23,6 +23,9 @@ from .sampling import Clock, sampler_traits
 from .unet import DEPTH, ENCODER
 
 log = logging.getLogger("slipstream")
+
+# The attachment under which a calibration hands its recorder to the run; only on a patcher of its own.
+RECORDER = "slipstream_recorder"
 
 
 def plan_of(model) -> Plan:
@@ -63,6 +66,10 @@ def _patched_forwards(patcher, plan: Plan) -> dict[str, PatchedForward]:
 
 def add_cache(model, config: CacheConfig):
     """A clone of the model with the Cache Loader's part added. Raises SlipstreamError."""
+    if config.profile:
+        profiles.load(
+            config.profile
+        )  # a file that cannot be read is told when the node runs, not when the sampler does
     return _add(model, "Cache Loader", cache=check_cache(config))
 
 
@@ -111,6 +118,7 @@ def open_run(guider, args: tuple, kwargs: dict) -> Run:
     refuse_other_cache(node, guider.model_options, {})
     clock = Clock(tuple(float(s) for s in sigmas))
     sampling = patcher.get_model_object("model_sampling")
+    profile = profiles.load(plan.cache.profile) if plan.cache is not None and plan.cache.profile else None
     return Run(
         plan,
         clock,
@@ -120,4 +128,7 @@ def open_run(guider, args: tuple, kwargs: dict) -> Run:
         architecture_of(_network(patcher)),
         lambda sigma: float(sampling.timestep(torch.tensor([sigma]))),
         not isinstance(sampling, comfy.model_sampling.CONST),
+        profile,
+        "" if profile is None else profiles.fingerprint(patcher),
+        patcher.get_attachment(RECORDER),
     )

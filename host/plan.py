@@ -16,7 +16,8 @@ class CacheConfig:
     drift_budget: relative L1 of the output, 0 skips nothing; start and end percent: the part of the sampling in which
     evaluations may be filled, as the host counts it; max_skip: steps filled in a row, at most, 0 takes the authors'
     number; site: what is cached; depth: first blocks that always run, or the U-Net depth, -1 chooses; threshold: of the
-    gates, 0 takes the authors'; prior_noise: Faster Diffusion's injection.
+    gates, 0 takes the authors'; prior_noise: Faster Diffusion's injection; profile: a calibration's file, in the
+    place of method and preset.
     """
 
     preset: str = "Balanced"
@@ -32,6 +33,7 @@ class CacheConfig:
     prior_noise: bool = False
     cache_device: str = "auto"
     memory_budget_mb: int = 0
+    profile: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from ..engine.predictors import HERMITE_SCALE, MAX_ORDER, Predictor
+from ..engine.profile import Profile, ProfileError
 from ..engine.schedules import (
     AccumulatedChange,
     ConfidenceGate,
@@ -104,13 +105,25 @@ def lacks(level: str, row: Architecture) -> str:
     return ""
 
 
-def resolve(plan: Plan, sampler: Sampler, row: Architecture, steps: int, weights: tuple[float, ...] = ()) -> Recipe:
+def resolve(
+    plan: Plan,
+    sampler: Sampler,
+    row: Architecture,
+    sigmas: tuple[float, ...],
+    weights: tuple[float, ...] = (),
+    profile: Profile | None = None,
+    model: str = "",
+) -> Recipe:
     """The recipe of one run. Never raises for a plan that was checked: what cannot be served is refused in words.
 
-    weights: of the steps, for the drift budget (`Clock.weights`).
+    sigmas: of the run; weights: of its steps, for the drift budget (`Clock.weights`); profile: the plan's, read; model:
+    the fingerprint of the run's model, where there is a profile to compare it with.
     """
+    steps = len(sigmas) - 1
     cache = plan.cache or check_cache(CacheConfig())
     level = level_of(cache, plan.predictor, row)
+    if profile is not None and cache.site == "auto" and profile.site in LEVELS.values():
+        level = profile.site
     refusal = lacks(level, row)
     predictor, kind, trouble = _predictor(plan.predictor, sampler, level, steps)
     refusal = refusal or trouble
@@ -120,7 +133,10 @@ def resolve(plan: Plan, sampler: Sampler, row: Architecture, steps: int, weights
     if method == "auto":
         method = "key steps" if level == ENCODER else row.method
     schedule, trouble = _schedule(method, cache, level, row, steps, weights)
-    if trouble and cache.site == "auto":
+    if profile is not None:
+        method = "profile"
+        schedule, trouble, remark = _profiled(profile, sigmas, level, predictor, cache, model)
+    elif trouble and cache.site == "auto":
         remark = f"{trouble}, so the drift budget decides"
         method = "drift budget"
         schedule, trouble = _schedule(method, cache, level, row, steps, weights)
@@ -138,6 +154,32 @@ def resolve(plan: Plan, sampler: Sampler, row: Architecture, steps: int, weights
         level, first, schedule, predictor, cache, residual and level == MODEL_OUTPUT, refusal, remark, row.name,
         method, kind,
     )  # fmt: skip
+
+
+def described(predictor: Predictor) -> str:
+    """A predictor as a profile names it."""
+    return f"{predictor.rule} {predictor.order}"
+
+
+def _profiled(
+    profile: Profile, sigmas: tuple[float, ...], level: str, predictor: Predictor, cache: CacheConfig, model: str
+) -> tuple[Schedule | None, str, str]:
+    """(the profile's schedule for this run, why it does not fit, what to know about it)."""
+    try:
+        keys = profile.keys_for(sigmas)
+    except ProfileError as error:
+        return None, f"the profile {cache.profile} does not fit, {error}", ""
+    if cache.drift_budget <= 0.0:
+        return None, "", ""
+    known = []
+    if profile.model and model and profile.model != model:
+        known.append("it was measured on another model")
+    if profile.site and profile.site != level:
+        known.append(f"it was measured at the {profile.site}")
+    if profile.predictor and profile.predictor != described(predictor):
+        known.append(f"it was solved for another predictor ({profile.predictor})")
+    remark = f"profile {cache.profile}: {' and '.join(known)}; calibrate again for the best result" if known else ""
+    return KeySteps(keys, trusted=not known), "", remark
 
 
 def _budget(cache: CacheConfig, row: Architecture, predictor: Predictor, sampler: Sampler) -> CacheConfig:

@@ -11,9 +11,11 @@ from dataclasses import asdict, dataclass
 
 from torch import Tensor
 
+from ..engine.calibration import Recorder
 from ..engine.history import History
 from ..engine.metrics import worst_relative_l1
 from ..engine.predictors import SAME_TIME, Predictor
+from ..engine.profile import Profile
 from ..engine.schedules import Drift, Interval, KeySteps, Magnitude, Probe, Trace, span
 from ..engine.token_select import candidates, choose, combine
 from . import events
@@ -63,12 +65,17 @@ class Run:
         row: Architecture = UNKNOWN,
         timestep_of: Callable[[float], float] | None = None,
         noise_prediction: bool = False,
+        profile: Profile | None = None,
+        model: str = "",
+        recorder: Recorder | None = None,
     ):
         self.plan = plan
         self.clock = clock
         self.sampler = sampler
         # A flow model's schedule already spends its steps where they count; a noise prediction's error is weighted.
-        self.recipe = resolve(plan, sampler, row, clock.steps, clock.weights() if noise_prediction else ())
+        weights = clock.weights() if noise_prediction else ()
+        self.recipe = resolve(plan, sampler, row, clock.sigmas, weights, profile, model)
+        self.recorder = recorder
         self.cache = self.recipe.cache
         self.percent_to_sigma = percent_to_sigma
         self.timestep_of = timestep_of
@@ -169,14 +176,16 @@ class Run:
             return False, "last step"
         if sigma > start or sigma < end:
             return False, "outside start and end percent"
-        if trace.computed < self.predictor.needed + 1:
-            return False, "first evaluations"  # one more than the order needs, so that a forecast was measured once
+        trusted = getattr(self.schedule, "trusted", False)
+        # One more than the order needs, so that a forecast was measured once.
+        if trace.computed < (1 if trusted else self.predictor.needed + 1):
+            return False, "first evaluations"
         if not self.schedule.spaced and u - trace.times[-1] > (self.cache.max_skip or MAX_SKIP) + SAME_TIME:
             return False, "max skip"
         if self.clock.steps <= ONE_SKIP_STEPS and any(e.fill for e in self.evaluations):
             return False, f"at {self.clock.steps} steps one is skipped at most"
         order = self.predictor.weights(trace.times, u)[1]
-        if order == 0 < self.predictor.order:
+        if order == 0 < self.predictor.order and not trusted:
             return False, "too far ahead for a forecast"
         if not self.schedule.skip(trace, u, order):
             return False, "schedule"
@@ -352,6 +361,9 @@ class Run:
         now = self.current
         now.action = "computed"
         self._kept = True
+        if self.recorder is not None:
+            for key, parts in zip(keys, chunks, strict=True):
+                self.recorder.push(now.u, key, parts)
         if self.schedule is None or self.note:
             return
         with self._lock:
@@ -433,7 +445,7 @@ class Run:
         self._forget()
         self._drifts.clear()
         self._changes.clear()
-        self._x = self._x_computed = self.current = self.inner = None
+        self._x = self._x_computed = self.current = self.inner = self.recorder = None
 
     def report(self) -> dict:
         """Numbers of the run so far, plain JSON data.

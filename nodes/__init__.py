@@ -14,6 +14,7 @@ NODES = {
     "cache_loader": "CacheLoader",
     "taylor_predictor": "TaylorPredictor",
     "report": "Report",
+    "calibrate": "Calibrate",
 }
 
 

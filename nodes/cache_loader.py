@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from ..host import profiles
 from ..host.memory import DEVICES
 from ..host.patcher import add_cache
 from ..host.plan import METHODS, PRESETS, SITES, CacheConfig
@@ -169,6 +170,17 @@ class CacheLoader(io.ComfyNode):
                         "with the block stack."
                     ),
                 ),
+                widget(
+                    io.Combo.Input,
+                    "profile",
+                    optional=True,
+                    options=profiles.names(),
+                    default=profiles.NONE,
+                    tooltip=(
+                        "A file that Calibrate wrote: its steps are computed, in the place of preset and method "
+                        "(preset Off still computes all). none: the preset decides."
+                    ),
+                ),
             ],
             outputs=[io.Model.Output(tooltip="The model; nothing happens until a sampler runs.")],
             hidden=[io.Hidden.unique_id],
@@ -184,10 +196,11 @@ class CacheLoader(io.ComfyNode):
     @classmethod
     def execute(
         cls, model, preset, method, drift_budget, start_percent, end_percent, max_skip, site="auto", depth=-1,
-        threshold=0.0, prior_noise=False, cache_device="auto", memory_budget_mb=0,
+        threshold=0.0, prior_noise=False, cache_device="auto", memory_budget_mb=0, profile=profiles.NONE,
     ) -> io.NodeOutput:  # fmt: skip
         config = CacheConfig(
             preset, method, drift_budget, start_percent, end_percent, max_skip, str(cls.hidden.unique_id or ""), site,
             depth, threshold, prior_noise, cache_device, memory_budget_mb,
+            "" if profile == profiles.NONE else profile,
         )  # fmt: skip
         return io.NodeOutput(add_cache(model, config))

@@ -69,6 +69,53 @@ def test_the_nodes_are_really_registered(server):
     assert len(info["SlipstreamTaylorPredictor"]["input"]["required"]) == 3
 
 
+def test_calibrate_and_its_profile_on_the_real_server(server):
+    """From the full run to a picture that follows the profile, as two queued prompts."""
+    graph = {
+        "1": {
+            "class_type": "UNETLoader",
+            "inputs": {"unet_name": "tiny_flux_emoji.safetensors", "weight_dtype": "default"},
+        },
+        "2": {"class_type": "SlipstreamDemoPrompt", "inputs": {"text": "hamburger"}},
+        "3": {"class_type": "SlipstreamTaylorPredictor", "inputs": {"model": ["1", 0], "kind": "Taylor", "order": 1}},
+        "4": {"class_type": "KSamplerSelect", "inputs": {"sampler_name": "euler"}},
+        "5": {
+            "class_type": "BasicScheduler",
+            "inputs": {"model": ["1", 0], "scheduler": "simple", "steps": 16, "denoise": 1.0},
+        },
+        "6": {"class_type": "EmptySD3LatentImage", "inputs": {"width": 128, "height": 128, "batch_size": 1}},
+        "7": {
+            "class_type": "SlipstreamCalibrate",
+            "inputs": {
+                "model": ["3", 0], "positive": ["2", 0], "negative": ["2", 0], "cfg": 1.0, "sampler": ["4", 0],
+                "sigmas": ["5", 0], "latent_image": ["6", 0], "speed_up": 2.0, "calibration_seed": 3,
+                "name": "server test",
+            },
+        },
+    }  # fmt: skip
+    written = run(server, graph)
+    assert "computes 8 of 16 steps of euler" in str(written.outputs["7"])
+
+    async def listed(client, info):
+        return info["SlipstreamCacheLoader"]["input"]["optional"]["profile"]
+
+    assert "server test.safetensors" in str(talk(server, listed))
+    cache = {
+        "preset": "Balanced", "method": "auto", "drift_budget": 0.1, "start_percent": 0.0, "end_percent": 1.0,
+        "max_skip": 6, "profile": "server test.safetensors",
+    }  # fmt: skip
+    graph["7"] = {"class_type": "SlipstreamCacheLoader", "inputs": {"model": ["3", 0], **cache}}
+    graph["8"] = {
+        "class_type": "SamplerCustom",
+        "inputs": {
+            "model": ["7", 0], "add_noise": True, "noise_seed": 4, "cfg": 1.0, "positive": ["2", 0],
+            "negative": ["2", 0], "sampler": ["4", 0], "sigmas": ["5", 0], "latent_image": ["6", 0],
+        },
+    }  # fmt: skip
+    graph["9"] = {"class_type": "SaveLatent", "inputs": {"samples": ["8", 0], "filename_prefix": "profile"}}
+    assert "computed 8 of 16" in run(server, graph).texts["7"]
+
+
 def test_h67_a_prompt_saved_by_an_older_version_still_runs(server, prompt):
     old = json.loads(json.dumps(prompt))
     for node in old.values():

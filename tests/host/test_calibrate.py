@@ -1,0 +1,159 @@
+"""Calibrate and its profiles in the real host: one full run, a schedule, and a Cache Loader that follows it."""
+
+from __future__ import annotations
+
+import comfy.samplers
+import folder_paths
+import pytest
+import torch
+from lab import relative
+from slipstream.demo import emoji
+from slipstream.engine.profile import Profile
+from slipstream.engine.search import uniform
+from slipstream.host import patcher, profiles
+from slipstream.host.calibrate import calibrate
+from slipstream.host.errors import SlipstreamError
+from slipstream.host.plan import CacheConfig, PredictorConfig
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An empty profile folder of our own."""
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, profiles.FOLDER, ([str(tmp_path)], {".safetensors"}))
+    monkeypatch.setattr(folder_paths, "filename_list_cache", {})
+    return tmp_path
+
+
+def sigmas_of(model, steps: int = 28, scheduler: str = "simple"):
+    return comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), scheduler, steps)
+
+
+def calibrated(lab, model, steps: int = 28, speed_up: float = 2.5, sampler: str = "euler", cfg: float = 1.0, **options):
+    conds = emoji.conditioning("hamburger"), emoji.conditioning("")
+    with torch.inference_mode():
+        return calibrate(
+            model, *conds, cfg, comfy.samplers.sampler_object(sampler), sigmas_of(model, steps),
+            {"samples": lab.latent(model)}, 7, speed_up, **options,
+        )  # fmt: skip
+
+
+def taylor(model, order: int = -1):
+    return patcher.add_predictor(model, PredictorConfig("Taylor", order))
+
+
+def with_profile(model, name: str, order: int | None = -1, **options):
+    model = patcher.add_cache(model, CacheConfig(node_id="1", profile=name, **options))
+    return model if order is None else taylor(model, order)
+
+
+@pytest.mark.parametrize("name", ["flux", "trained_unet", "sd3"])
+@pytest.mark.parametrize("order", [None, 1, 2])
+def test_a_profile_is_followed_exactly(lab, folder, name, order):
+    base = getattr(lab, name)
+    plain = lab.sample(base, steps=28)
+    profile = calibrated(lab, base if order is None else taylor(base, order))
+    assert len(profile.keys) == 11 and profile.keys[0] == 0 and profile.keys[-1] == 27
+    assert profiles.save("mine", profile) == "mine.safetensors" and profiles.names() == ["none", "mine.safetensors"]
+    model = with_profile(base, "mine.safetensors", order)
+    lab.sample(model, steps=28)
+    report = lab.report(model)
+    assert tuple(e["index"] for e in report["trace"] if e["action"] == "computed") == profile.keys
+    assert report["remark"] == "" and "profile" in report["chose"]
+    assert torch.equal(lab.sample(base, steps=28), plain)  # nothing stayed behind
+
+
+@pytest.mark.parametrize("name", ["flux", "trained_unet"])
+def test_the_solved_schedule_beats_even_spacing_on_another_prompt_and_seed(lab, folder, name):
+    base = taylor(getattr(lab, name), 2)
+    profile = calibrated(lab, base, speed_up=3.5)
+    even = Profile(uniform(28, len(profile.keys)), profile.sigmas, profile.statistics, profile.model, profile.site,
+                   profile.predictor)  # fmt: skip
+    for label, one in (("solved", profile), ("even", even)):
+        profiles.save(label, one)
+    errors = {"solved": 0.0, "even": 0.0}
+    for prompt, seed in (("cat face", 31), ("red heart", 32), ("strawberry", 33)):
+        plain = lab.sample(getattr(lab, name), steps=28, prompts=[prompt], seed=seed)
+        for label in errors:
+            model = with_profile(getattr(lab, name), f"{label}.safetensors", 2)
+            errors[label] += relative(lab.sample(model, steps=28, prompts=[prompt], seed=seed), plain)
+    assert errors["solved"] < 0.9 * errors["even"]
+
+
+def test_other_step_counts_schedulers_and_starts(lab, folder):
+    profiles.save("mine", calibrated(lab, taylor(lab.flux)))
+    model = with_profile(lab.flux, "mine.safetensors")
+    for options in ({"steps": 20}, {"steps": 50}, {"steps": 28, "scheduler": "beta"}):
+        lab.sample(model, **options)
+        report = lab.report(model)
+        assert 0.2 < report["computed"] / report["evaluations"] < 0.6, options
+        assert report["trace"][-1]["action"] == "computed"
+    latent = lab.sample(lab.flux, seed=5)
+    lab.sample(model, steps=28, latent=latent, denoise=0.5)
+    assert lab.report(model)["filled"] >= 6
+    assert torch.equal(lab.sample(model, steps=4), lab.sample(lab.flux, steps=4))
+
+
+@pytest.mark.parametrize("site", ["block stack", "last block"])
+def test_an_inner_site_is_calibrated_where_it_is_used(lab, folder, site):
+    base = taylor(patcher.add_cache(lab.flux, CacheConfig("Custom", site=site, node_id="1")))
+    profile = calibrated(lab, base)
+    profiles.save("inner", profile)
+    model = with_profile(lab.flux, "inner.safetensors")
+    lab.sample(model, steps=28)
+    assert lab.report(model)["site"] == profile.site and lab.report(model)["filled"] == 17
+
+
+def test_a_profile_of_another_predictor_or_range_is_told(lab, folder):
+    profiles.save("mine", calibrated(lab, taylor(lab.flux, 2)))
+    other = with_profile(lab.flux, "mine.safetensors", 1)
+    lab.sample(other, steps=28)
+    assert "solved for another predictor (newton 2)" in lab.report(other)["remark"]
+    stranger = with_profile(lab.sd3, "mine.safetensors", 2)
+    lab.sample(stranger, steps=28)
+    assert "measured on another model" in lab.report(stranger)["remark"] and lab.report(stranger)["filled"] >= 10
+    foreign = with_profile(lab.unet, "mine.safetensors", 2)
+    plain = lab.sample(lab.unet, steps=28)
+    assert torch.equal(lab.sample(foreign, steps=28), plain)
+    assert "does not fit, it was measured for sigmas from 1 to 0" in lab.report(foreign)["note"]
+
+
+def test_a_cancelled_calibration_leaves_nothing(lab, folder):
+    plain = lab.sample(lab.flux)
+
+    def stop(step, *_):
+        if step == 5:
+            raise comfy.model_management.InterruptProcessingException
+
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        calibrated(lab, lab.flux, callback=stop)
+    assert list(folder.iterdir()) == []
+    assert torch.equal(lab.sample(lab.flux), plain)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"steps": 4}, "4 steps leave nothing to skip"),
+        ({"speed_up": 0.5}, "speed_up is 0.5"),
+        ({"speed_up": 20.0}, "between 1 and 14"),
+        ({"sampler": "dpm_adaptive"}, "dpm_adaptive cannot be served"),
+        ({"sampler": "dpm_2"}, "evaluates the model"),
+    ],
+)
+def test_what_cannot_be_calibrated_is_one_sentence(lab, folder, options, sentence):
+    with pytest.raises(SlipstreamError, match=r"^Calibrate: ") as caught:
+        calibrated(lab, lab.flux, **options)
+    assert sentence in str(caught.value)
+
+
+def test_names_and_missing_files(lab, folder):
+    profile = calibrated(lab, lab.flux)
+    for bad in ("../up", "a/b", "", ".hidden", "x\0y"):
+        with pytest.raises(SlipstreamError, match="is no file name"):
+            profiles.save(bad, profile)
+    for bad in ("nowhere.safetensors", "../../etc/passwd"):
+        with pytest.raises(SlipstreamError, match="there is no profile"):
+            with_profile(lab.flux, bad)
+    (folder / "broken.safetensors").write_bytes(b"nothing")
+    with pytest.raises(SlipstreamError, match="damaged"):
+        with_profile(lab.flux, "broken.safetensors")
