@@ -48,7 +48,9 @@ def record(
         cache, preset="Custom", method="interval", drift_budget=1.0, start_percent=0.999, end_percent=1.0, max_skip=1,
         profile="", node_id="",
     )  # fmt: skip
-    watched = with_plan(model, Plan(full, plan.predictor))
+    # Without node ids: this run is nobody's picture, so it leaves no text on the nodes before it.
+    predictor = None if plan.predictor is None else dataclasses.replace(plan.predictor, node_id="")
+    watched = with_plan(model, Plan(full, predictor))
     watched.set_attachments(RECORDER, recorder)
     samples = comfy.sample.fix_empty_latent_channels(model, latent["samples"])
     noise = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))
@@ -137,8 +139,9 @@ def summary(profile: Profile) -> str:
     """What the node shows: the steps computed and what their schedule is expected to leave."""
     about, count = profile.about, len(profile.keys)
     return (
-        f"computes {count} of {profile.steps} steps of {about['sampler']}: {', '.join(map(str, profile.keys))}\n"
-        f"the others are expected to be off by {100 * about['predicted_drift']:.1f} %, "
+        f"computes {count} of {profile.steps} steps of {about['sampler']},\n"
+        f"the others expected to be off by {100 * about['predicted_drift']:.1f} %,\n"
         f"{about['predicted_gain_over_even_spacing']:.1f} times nearer than evenly spaced steps\n"
-        f"{profile.site}, {profile.predictor}, {about['family']}"
+        f"{profile.site}, {profile.predictor}, {about['family']}\n"
+        f"steps {' '.join(map(str, profile.keys))}"
     )

@@ -67,7 +67,14 @@ def finished(run, report: dict) -> None:
     numbers = {k: v for k, v in report.items() if k != "trace"}
     _send(FINISHED, {"nodes": run.plan.node_ids, "text": text, **numbers, "drifts": [e.drift for e in run.evaluations]})
     for node in run.plan.node_ids:
-        server.send_progress_text(node_text(report), node, server.client_id)
+        show(node, node_text(report))
+
+
+def show(node_id: str, text: str) -> None:
+    """Put a text on a node of the canvas."""
+    server = _server()
+    if server is not None and node_id:
+        server.send_progress_text(text, node_id, server.client_id)
 
 
 def last_report(plan) -> dict | None:

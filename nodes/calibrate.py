@@ -6,6 +6,7 @@ import latent_preview
 from comfy_api.latest import io, ui
 
 from ..host.calibrate import calibrate, summary
+from ..host.events import show
 from ..host.profiles import save
 from .schema import schema, widget
 
@@ -51,6 +52,7 @@ class Calibrate(io.ComfyNode):
                 io.String.Output(display_name="profile"),
                 io.String.Output(display_name="summary"),
             ],
+            hidden=[io.Hidden.unique_id],
         )  # fmt: skip
 
     @classmethod
@@ -62,4 +64,6 @@ class Calibrate(io.ComfyNode):
             model, positive, negative, cfg, sampler, sigmas, latent_image, calibration_seed, speed_up, callback
         )
         text = summary(profile)
-        return io.NodeOutput(save(name, profile), text, ui=ui.PreviewText(text))
+        written = save(name, profile)
+        show(str(cls.hidden.unique_id or ""), f"{written}\n{text}")
+        return io.NodeOutput(written, text, ui=ui.PreviewText(text))
