@@ -25,6 +25,7 @@ class Recorder:
     sample: int = SAMPLE
     seed: int = 0
     times: list[float] = field(default_factory=list)
+    out_of_order: bool = False
     _rows: dict[Hashable, list[Tensor]] = field(default_factory=dict)
     _index: dict[int, Tensor] = field(default_factory=dict)
 
@@ -33,11 +34,15 @@ class Recorder:
         return sum(row.numel() * row.element_size() for rows in self._rows.values() for row in rows)
 
     def push(self, u: float, key: Hashable, parts: Sequence[Tensor]) -> None:
-        """Take the sample of one stream's snapshot at time u. Streams are told apart by key; times must not fall."""
+        """Take the sample of one stream's snapshot at time u. Streams are told apart by key.
+
+        A time before the newest is not taken, and `statistics` will say so: nothing is raised in mid-sampling.
+        """
         if not self.times or u > self.times[-1]:
             self.times.append(u)
         elif u < self.times[-1]:
-            raise ValueError(f"the snapshot at {u:g} comes after the one at {self.times[-1]:g}")
+            self.out_of_order = True
+            return
         rows = self._rows.setdefault(key, [])
         row = torch.cat([self._take(part) for part in parts])
         if len(rows) == len(self.times):
@@ -57,8 +62,11 @@ class Recorder:
         return flat.to("cpu", torch.float32, copy=True)
 
     def statistics(self) -> Statistics:
-        """The mean over all streams that were there at every step. Raises ValueError where none was."""
+        """The mean over all streams that were there at every step. Raises ValueError where none was, or for a run that
+        went back in time."""
+        if self.out_of_order:
+            raise ValueError("this sampler goes back and forth between noise levels; use euler or dpmpp_2m")
         whole = [rows for rows in self._rows.values() if len(rows) == len(self.times)]
         if not whole:
-            raise ValueError("no conditioning was active at every step, so there is nothing to compare")
+            raise ValueError("no conditioning was active at every step; use one prompt from start to end")
         return Statistics.merged([Statistics.of(rows, self.times) for rows in whole])

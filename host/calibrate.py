@@ -61,7 +61,7 @@ def record(
     try:
         return recorder.statistics()
     except ValueError as error:
-        raise SlipstreamError(f"{NODE}: {error}; calibrate with one prompt that is active at every step.") from None
+        raise SlipstreamError(f"{NODE}: {error}.") from None
 
 
 def frontier(statistics: Statistics, predictor, weights, counts) -> list[Point]:

@@ -138,6 +138,7 @@ def test_a_cancelled_calibration_leaves_nothing(lab, folder):
         ({"speed_up": 20.0}, "between 1 and 14"),
         ({"sampler": "dpm_adaptive"}, "dpm_adaptive cannot be served"),
         ({"sampler": "dpm_2"}, "evaluates the model"),
+        ({"sampler": "heunpp2"}, "back and forth between noise levels"),
     ],
 )
 def test_what_cannot_be_calibrated_is_one_sentence(lab, folder, options, sentence):

@@ -46,13 +46,14 @@ def test_streams_are_averaged_and_those_that_come_and_go_left_out():
     assert torch.allclose(recorder.statistics().gram, expected.gram)
 
 
-def test_a_repeated_time_replaces_and_a_falling_one_is_refused():
+def test_a_repeated_time_replaces_and_a_falling_one_is_refused_at_the_end():
     recorder = Recorder()
     for u, value in ((0.0, 1.0), (1.0, 5.0), (1.0, 2.0)):
         recorder.push(u, "cond", (torch.full((4,), value),))
     assert recorder.times == [0.0, 1.0]
     assert recorder.statistics().gram[1, 1].item() == pytest.approx(4.0)
-    with pytest.raises(ValueError, match="comes after"):
-        recorder.push(0.5, "cond", (torch.ones(4),))
-    with pytest.raises(ValueError, match="nothing to compare"):
+    recorder.push(0.5, "cond", (torch.ones(4),))
+    with pytest.raises(ValueError, match="back and forth"):
+        recorder.statistics()
+    with pytest.raises(ValueError, match="active at every step"):
         Recorder().statistics()
