@@ -158,3 +158,41 @@ def test_names_and_missing_files(lab, folder):
     (folder / "broken.safetensors").write_bytes(b"nothing")
     with pytest.raises(SlipstreamError, match="damaged"):
         with_profile(lab.flux, "broken.safetensors")
+
+
+def test_h12_to_h15_profiles_between_runs(lab, folder):
+    """Other sizes and batches, the next queue, two clones with different profiles in turns: each as if alone."""
+    profiles.save("slow", calibrated(lab, taylor(lab.flux), speed_up=2.0))
+    profiles.save("quick", calibrated(lab, taylor(lab.flux), speed_up=3.5))
+    used = with_profile(lab.flux, "slow.safetensors")
+    for options in ({"size": (8, 24)}, {"batch": 2}, {"steps": 20}, {}):
+        fresh = with_profile(lab.flux, "slow.safetensors")
+        assert torch.equal(lab.sample(used, **{"steps": 28, **options}), lab.sample(fresh, **{"steps": 28, **options}))
+        assert lab.report(used)["filled"] >= 6
+    quick = with_profile(lab.flux, "quick.safetensors")
+    alone = [lab.sample(used, steps=28, cfg=3.0), lab.sample(quick, steps=28)]
+    for _ in range(2):
+        assert torch.equal(lab.sample(used, steps=28, cfg=3.0), alone[0])
+        assert torch.equal(lab.sample(quick, steps=28), alone[1])
+
+
+def test_h44_h47_h48_profiles_with_late_starts_masks_and_halves(lab, folder, split):
+    profiles.save("mine", calibrated(lab, taylor(lab.flux)))
+    used, latent = with_profile(lab.flux, "mine.safetensors"), lab.sample(lab.flux, seed=5)
+    mask = torch.zeros(1, 1, 16, 16)
+    mask[..., 4:12, 4:12] = 1.0
+    kept = mask.expand_as(latent) == 0
+    result = lab.sample(used, steps=28, latent=latent, noise_mask=mask)
+    assert torch.equal(result[kept], lab.sample(lab.flux, steps=28, latent=latent, noise_mask=mask)[kept])
+    assert lab.report(used)["filled"] == 17
+
+    def halves(model):
+        first = lab.sample(model, steps=28, last_step=14, force_full_denoise=False)
+        return lab.sample(model, steps=28, start_step=14, latent=first, disable_noise=True)
+
+    assert torch.equal(halves(used), halves(with_profile(lab.flux, "mine.safetensors")))
+    trace = lab.report(used)["trace"]
+    assert trace[0]["action"] == trace[-1]["action"] == "computed" and any(e["action"] != "computed" for e in trace)
+    batched = lab.sample(used, steps=28, cfg=3.0)
+    split()
+    assert relative(lab.sample(used, steps=28, cfg=3.0), batched) < 1e-5
