@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import comfy.model_management
 import pytest
 import torch
@@ -10,6 +12,7 @@ from scenes import SITES, every_site
 from slipstream.engine.history import Storage
 from slipstream.host import events
 from slipstream.host.memory import AUTOMATIC_SHARE, Memory
+from slipstream.host.run import Run
 
 # The tiny Flux at 64 image tokens of width 256, in float32: one snapshot, as `docs/memory.md` has it.
 SNAPSHOT = 64 * 256 * 4
@@ -104,17 +107,40 @@ def test_the_node_shows_what_was_chosen_and_how_much_is_kept(lab):
     assert chosen in events.summary(lab.report(automatic))
 
 
-def test_a_filled_evaluation_costs_about_one_percent_at_most(lab):
-    """At the model output, batch 16, one thread. Nearly all of it is the host's own work for a step."""
-    model = lab.every(lab.flux)
-    prompts = ["grinning face", "red heart", "cat face", "hamburger"] * 4
-    fastest = {True: [], False: []}  # the fastest of each: a busy machine delays, it never speeds up
-    for _ in range(2):
-        lab.sample(model, prompts=prompts, steps=12)
-        for e in lab.report(model)["trace"]:
-            fastest[e["action"] != "computed"].append(e["seconds"])
-    # 0.7 to 0.9 % measured; the limit leaves room for a machine that does other things, too
-    assert min(fastest[True]) < 0.02 * min(fastest[False])
+def test_a_filled_evaluation_costs_less_than_one_percent(lab, monkeypatch):
+    """What Slipstream itself takes for one, at the model output: deciding, forecasting, counting, telling.
+
+    The host's own work for a step comes on top (0.3 ms on this machine's core, whatever fills it). The fastest of each is
+    taken: a busy machine delays, it never speeds up.
+    """
+    spent = [0.0]
+
+    def timed(name):
+        inner = getattr(Run, name)
+
+        def wrapper(self, *args, **kwargs):
+            started = time.perf_counter()
+            try:
+                return inner(self, *args, **kwargs)
+            finally:
+                spent[0] += time.perf_counter() - started
+
+        monkeypatch.setattr(Run, name, wrapper)
+
+    for name in ("begin", "conditioning", "keys", "fill", "end"):
+        timed(name)
+    model, ours = lab.every(lab.flux), []
+    prompts = ["grinning face", "red heart", "cat face", "hamburger"]
+
+    def at_step(*_):
+        ours.append(spent[0])
+        spent[0] = 0.0
+
+    lab.sample(model, prompts=prompts, callback=at_step)
+    trace = lab.report(model)["trace"]
+    filled = [t for t, e in zip(ours, trace, strict=True) if e["action"] != "computed"]
+    computed = [e["seconds"] for e in trace if e["action"] == "computed"]
+    assert len(filled) == 8 and min(filled) < 0.01 * min(computed)
 
 
 def test_sites_are_those_of_the_table():
