@@ -110,8 +110,8 @@ def test_the_node_shows_what_was_chosen_and_how_much_is_kept(lab):
 def test_a_filled_evaluation_costs_less_than_one_percent(lab, monkeypatch):
     """What Slipstream itself takes for one, at the model output: deciding, forecasting, counting, telling.
 
-    The host's own work for a step comes on top (0.3 ms on this machine's core, whatever fills it). The fastest of each is
-    taken: a busy machine delays, it never speeds up.
+    The host's own work for a step comes on top (about 0.3 ms, whatever fills it). The fastest of each is taken: a busy
+    machine delays, it never speeds up.
     """
     spent = [0.0]
 
