@@ -184,7 +184,8 @@ def plot(rows: list[dict]) -> None:
             for method, colour in colours.items():
                 points = [(r["evaluations"], r["psnr_db"]) for r in chosen if r["name"] == method]
                 axes.plot(*zip(*points, strict=True), marker="o", ms=3, color=colour, label=method)
-            points = sorted((r["evaluations"], r["psnr_db"]) for r in chosen if r["name"].startswith("drift budget"))
+            presets = [r for r in chosen if r["name"].startswith("drift budget") and r["evaluations"] <= 16]
+            points = sorted((r["evaluations"], r["psnr_db"]) for r in presets) or [(16, float("nan"))]
             axes.plot(*zip(*points, strict=True), ls="--", marker="s", ms=3, color="#0072B2", label="drift budget")
             axes.set_title(f"{model}, {scheduler}, {predictor}", fontsize=9)
             axes.set_xlim(6, 16)
