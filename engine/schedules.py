@@ -228,21 +228,11 @@ class FirstBlockGate:
 
 
 @dataclass(frozen=True, slots=True)
-class ConfidenceGate:
+class ConfidenceGate(FirstBlockGate):
     """CG-Taylor (arXiv 2508.02240): fill while the first block's own forecast of `order` is near its true output."""
 
-    threshold: float
-    order: int = 1
     probe: str | None = Probe.FORECAST
-    needs_input_change: bool = False
-    spaced: bool = False
-
-    def skip(self, trace: Trace, u: float, order: int) -> bool:
-        return True
-
-    def accept(self, trace: Trace, change: float) -> bool:
-        """Whether a fill stands, given the relative L1 error of the probe's forecast."""
-        return change < self.threshold
+    order: int = 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -241,7 +241,7 @@ def _schedule(
         return FirstBlockGate(cache.threshold or published.first_block), ""
     if method == "confidence gate" and (inner or level == DEPTH):
         threshold, order = published.confidence
-        return ConfidenceGate(cache.threshold or threshold, order), ""
+        return ConfidenceGate(cache.threshold or threshold, order=order), ""
     if method == "modulated change" and inner and published.teacache is not None:
         threshold, probe, polynomial = published.teacache
         what = Probe.MODULATED if probe == "modulated" else Probe.EMBEDDING

@@ -86,10 +86,17 @@ def sample_times(count: int, generator: torch.Generator) -> Tensor:
     return torch.where(uniform, torch.rand(count, generator=generator), times)
 
 
-def learning_rate(step: int, progress: float) -> float:
+def learning_rate(step: int, progress: float, peak: float = LEARNING_RATE, warm_up: int = WARM_UP) -> float:
     """Warm-up, flat until 40 % of the time, then a cosine to 2 %."""
     decay = 1.0 if progress < 0.4 else 0.02 + 0.49 * (1 + math.cos(math.pi * (progress - 0.4) / 0.6))
-    return LEARNING_RATE * min(1.0, (step + 1) / WARM_UP) * decay
+    return peak * min(1.0, (step + 1) / warm_up) * decay
+
+
+@torch.no_grad()
+def follow(average: torch.nn.Module, network: torch.nn.Module, step: int, keep: float) -> None:
+    """Move the average of the weights towards the weights; faster in the first steps."""
+    keep = min(keep, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(average.parameters()), list(network.parameters()), 1 - keep)
 
 
 def train(data: Path, out: Path, minutes: float, resume: Path | None) -> None:
@@ -130,9 +137,7 @@ def train(data: Path, out: Path, minutes: float, resume: Path | None) -> None:
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimiser.step()
         step += 1
-        with torch.no_grad():
-            keep = min(AVERAGE, (1 + step) / (10 + step))
-            torch._foreach_lerp_(list(average.parameters()), list(network.parameters()), 1 - keep)
+        follow(average, network, step, AVERAGE)
         running = loss.item() if step == 1 else 0.98 * running + 0.02 * loss.item()
         if elapsed - said > 30:
             said = elapsed

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import argparse
 import copy
-import math
 import time
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from .train_flux import encode, load_pictures
+from .train_flux import encode, follow, learning_rate, load_pictures
 
 CONFIG = dict(
     use_checkpoint=False, image_size=32, use_spatial_transformer=True, legacy=False, adm_in_channels=None,
@@ -50,12 +49,6 @@ def initialise(network: torch.nn.Module) -> None:
             torch.nn.init.zeros_(module.bias)
 
 
-def learning_rate(step: int, progress: float) -> float:
-    """Warm-up, flat until 40 % of the time, then a cosine to 2 %."""
-    decay = 1.0 if progress < 0.4 else 0.02 + 0.49 * (1 + math.cos(math.pi * (progress - 0.4) / 0.6))
-    return LEARNING_RATE * min(1.0, (step + 1) / WARM_UP) * decay
-
-
 def train(data: Path, out: Path, minutes: float, resume: Path | None) -> None:
     from bench.boot import boot
 
@@ -87,7 +80,7 @@ def train(data: Path, out: Path, minutes: float, resume: Path | None) -> None:
 
     while (elapsed := time.monotonic() - started) < minutes * 60:
         for group in optimiser.param_groups:
-            group["lr"] = learning_rate(step, elapsed / (minutes * 60))
+            group["lr"] = learning_rate(step, elapsed / (minutes * 60), LEARNING_RATE, WARM_UP)
         chosen = torch.randint(len(names), (BATCH,), generator=generator)
         noise = torch.randn(BATCH, *latents.shape[1:], generator=generator)
         told = (torch.rand(BATCH, generator=generator) >= EMPTY_PROMPTS).float()
@@ -105,9 +98,7 @@ def train(data: Path, out: Path, minutes: float, resume: Path | None) -> None:
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimiser.step()
         step += 1
-        with torch.no_grad():
-            keep = min(AVERAGE, (1 + step) / (10 + step))
-            torch._foreach_lerp_(list(average.parameters()), list(network.parameters()), 1 - keep)
+        follow(average, network, step, AVERAGE)
         running = loss.item() if step == 1 else 0.98 * running + 0.02 * loss.item()
         if elapsed - said > 60:
             said = elapsed
