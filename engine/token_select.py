@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..kernels.reference import rounded
 from .predictors import Predictor
 
 # As published: orders 0, 1, 2 and the true horizon or up to four steps less.
@@ -53,8 +54,4 @@ def combine(snapshots: Sequence[Tensor], index: Tensor, rows: Sequence[Sequence[
     total = torch.zeros_like(snapshots[0], dtype=torch.float32)
     for j, snapshot in enumerate(snapshots):
         total += weights[..., j, None] * snapshot.float()
-    dtype = snapshots[0].dtype
-    if dtype != torch.float32:
-        limit = torch.finfo(dtype).max
-        total.clamp_(-limit, limit)
-    return total.to(dtype)
+    return rounded(total, snapshots[0].dtype)

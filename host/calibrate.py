@@ -17,7 +17,7 @@ from .errors import SlipstreamError
 from .patcher import RECORDER, plan_of, with_plan
 from .plan import CacheConfig, Plan
 from .profiles import fingerprint
-from .recipe import LEVELS, described, resolve
+from .recipe import described, resolve
 from .sampling import sampler_traits
 
 NODE = "Calibrate"
@@ -121,7 +121,7 @@ def calibrate(
         values,
         statistics,
         fingerprint(model),
-        next(level for level in LEVELS.values() if level == recipe.level),
+        recipe.level,
         described(recipe.predictor),
         {
             "sampler": traits.name,

@@ -31,7 +31,12 @@ def weighted_sum(snapshots: Sequence[Tensor], weights: Sequence[float]) -> Tenso
             total.add_(snapshot.to(wide), alpha=weight)
     if total is None:
         return torch.zeros_like(snapshots[0])
-    if dtype != wide:
+    return rounded(total, dtype)
+
+
+def rounded(total: Tensor, dtype: torch.dtype) -> Tensor:
+    """`total`, a sum that nobody else holds, rounded once to `dtype` and kept within its finite range."""
+    if total.dtype != dtype:
         limit = torch.finfo(dtype).max
         total.clamp_(-limit, limit)
     return total.to(dtype)
