@@ -61,7 +61,8 @@ def measure(name: str, scheduler: str, pictures: int) -> list[dict]:
     from slipstream.demo import emoji
     from slipstream.engine.metrics import psnr
     from slipstream.engine.profile import Profile
-    from slipstream.engine.search import Statistics, cachequant, error_gains, forecast_aware, uniform
+    from slipstream.engine.search import cachequant, error_gains, forecast_aware, uniform
+    from slipstream.engine.statistics import Statistics
     from slipstream.host import events, profiles
     from slipstream.host.calibrate import record
     from slipstream.host.patcher import add_cache, add_predictor, plan_of

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .search import Statistics
+from .statistics import Statistics
 
 # Elements kept of one snapshot of one stream: the error of a mean over so many is below half a percent.
 SAMPLE = 1 << 16

@@ -1,7 +1,8 @@
 """A calibration's result as a small file: key steps, statistics, and what they were measured on.
 
-One safetensors file: the tensors `gram` and `distance` (float64, n x n) and JSON under `slipstream_profile` in its
-metadata. Only data is ever read; a file that is not exactly this is refused in one sentence.
+One safetensors file: the tensors `gram`, `distance` and `size` (float64), where asked for a block mask and statistics
+for correction and quantisation, and JSON under `slipstream_profile` in its metadata. Only data is ever read; a file
+that is not exactly this is refused in one sentence.
 """
 
 from __future__ import annotations
@@ -10,22 +11,27 @@ import contextlib
 import json
 import math
 import os
+import struct
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors import torch as safetensors
+from torch import Tensor
 
-from .search import Statistics
+from .statistics import Statistics
 
 KEY = "slipstream_profile"
-VERSION = 1
+VERSION = 2
 
-# A profile is a few kB; a header that claims more than this is not one.
+# A profile is a few kB, or some MB with activation statistics; what claims more than this is not one.
 LARGEST_FILE = 64 << 20
 MOST_STEPS = 1000
+
+REQUIRED = ("gram", "distance", "size")
+BLOCKS = "blocks"
 
 
 class ProfileError(ValueError):
@@ -33,9 +39,22 @@ class ProfileError(ValueError):
 
 
 @dataclass(frozen=True)
+class Point:
+    """One schedule of the frontier: its key steps, the method that found it, the mean relative L1 error expected of
+    its filled steps, and the error expected of the result, RMS relative to that of the final latent."""
+
+    keys: tuple[int, ...]
+    schedule: str
+    drift: float
+    error: float
+
+
+@dataclass(frozen=True)
 class Profile:
     """keys: computed steps of the schedule `sigmas` (n + 1 values); model: fingerprint of the model it was measured on;
-    about: what else is worth showing (sampler, scheduler, cfg, size, host version, predicted and measured drift)."""
+    about: what else is worth showing (sampler, scheduler, cfg, size, host version, predicted and measured drift);
+    frontier: the best schedule found for every number of computed steps; extras: further statistics by name, among them
+    `blocks` [n, number of blocks] uint8, 1 where a block is computed: then blocks are skipped, not whole steps."""
 
     keys: tuple[int, ...]
     sigmas: tuple[float, ...]
@@ -44,6 +63,8 @@ class Profile:
     site: str = ""
     predictor: str = ""
     about: dict = field(default_factory=dict)
+    frontier: tuple[Point, ...] = ()
+    extras: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         n = len(self.sigmas) - 1
@@ -53,26 +74,43 @@ class Profile:
             high < low for high, low in zip(self.sigmas, self.sigmas[1:], strict=False)
         ):
             raise ProfileError("its sigmas are not a falling schedule")
-        if not self.keys or list(self.keys) != sorted(set(self.keys)) or self.keys[0] != 0 or self.keys[-1] >= n:
-            raise ProfileError("its key steps are not a rising list from 0 within its steps")
+        for keys in (self.keys, *(point.keys for point in self.frontier)):
+            if not keys or list(keys) != sorted(set(keys)) or keys[0] != 0 or keys[-1] >= n:
+                raise ProfileError("its key steps are not a rising list from 0 within its steps")
+        mask = self.blocks
+        if mask is not None and (mask.dtype != torch.uint8 or mask.ndim != 2 or len(mask) != n or mask.max() > 1):
+            raise ProfileError("its block mask is not a table of zeros and ones with a row per step")
 
     @property
     def steps(self) -> int:
         return len(self.sigmas) - 1
 
-    def save(self, path: Path) -> None:
-        """Write the file whole or not at all: under a temporary name first, then renamed."""
+    @property
+    def blocks(self) -> Tensor | None:
+        return self.extras.get(BLOCKS)
+
+    def to_bytes(self) -> bytes:
+        """The file's content."""
         header = {
             "version": VERSION,
             "keys": list(self.keys),
             "sigmas": list(self.sigmas),
             "times": list(self.statistics.times),
-            **{name: value for name, value in asdict(self).items() if name in ("model", "site", "predictor", "about")},
+            "model": self.model,
+            "site": self.site,
+            "predictor": self.predictor,
+            "about": self.about,
+            "frontier": [asdict(point) for point in self.frontier],
         }
-        tensors = {"gram": self.statistics.gram.contiguous(), "distance": self.statistics.distance.contiguous()}
+        tensors = {name: getattr(self.statistics, name).contiguous() for name in REQUIRED}
+        tensors |= {name: value.contiguous() for name, value in self.extras.items()}
+        return safetensors.save(tensors, {KEY: json.dumps(header, allow_nan=False)})
+
+    def save(self, path: Path) -> None:
+        """Write the file whole or not at all: under a temporary name first, then renamed."""
         temporary = path.with_name(path.name + ".part")
         try:
-            save_file(tensors, temporary, metadata={KEY: json.dumps(header, allow_nan=False)})
+            temporary.write_bytes(self.to_bytes())
             os.replace(temporary, path)
         finally:
             with contextlib.suppress(OSError):
@@ -84,39 +122,49 @@ class Profile:
         try:
             if path.stat().st_size > LARGEST_FILE:
                 raise ProfileError(f"{path.name} is no Slipstream profile: it is larger than {LARGEST_FILE >> 20} MB")
-            with safe_open(path, framework="pt") as file:
-                header = json.loads((file.metadata() or {})[KEY])
-                tensors = {name: file.get_tensor(name) for name in ("gram", "distance")}
+            data = path.read_bytes()
         except FileNotFoundError:
             raise ProfileError(f"there is no profile {path.name}") from None
-        except (OSError, SafetensorError, KeyError, ValueError, UnicodeDecodeError) as error:
-            if isinstance(error, ProfileError):
-                raise
-            raise ProfileError(f"{path.name} is no Slipstream profile, or it is damaged") from None
-        try:
-            return cls._from(header, tensors)
-        except (ProfileError, TypeError, KeyError, ValueError) as error:
-            raise ProfileError(f"{path.name} cannot be used: {error}") from None
+        except OSError:
+            raise ProfileError(f"{path.name} cannot be read") from None
+        return cls.from_bytes(data, path.name)
 
     @classmethod
-    def _from(cls, header: dict, tensors: dict[str, torch.Tensor]) -> Profile:
+    def from_bytes(cls, data: bytes, name: str) -> Profile:
+        """Read a profile from a file's content; name: what errors call it. Raises ProfileError."""
+        try:
+            tensors = safetensors.load(data)
+            (length,) = struct.unpack("<Q", data[:8])
+            header = json.loads(json.loads(data[8 : 8 + length])["__metadata__"][KEY])
+        except (SafetensorError, KeyError, TypeError, ValueError, struct.error, RecursionError):
+            raise ProfileError(f"{name} is no Slipstream profile, or it is damaged") from None
+        try:
+            return cls._from(header, tensors)
+        except (ProfileError, TypeError, KeyError, ValueError, OverflowError) as error:
+            raise ProfileError(f"{name} cannot be used: {error}") from None
+
+    @classmethod
+    def _from(cls, header: dict, tensors: dict[str, Tensor]) -> Profile:
         if not isinstance(header, dict) or header.get("version") != VERSION:
-            raise ProfileError("it was written by another version of Slipstream")
-        if any(t.dtype != torch.float64 or t.ndim != 2 or not t.isfinite().all() for t in tensors.values()):
-            raise ProfileError("its statistics are not finite float64 matrices")
-        numbers = (*header["keys"], *header["sigmas"], *header["times"])
-        if any(isinstance(v, bool) or not isinstance(v, int | float) for v in numbers):
-            raise ProfileError("its steps are not numbers")
-        if any(int(k) != k for k in header["keys"]):
-            raise ProfileError("its key steps are not whole numbers")
-        texts = {name: str(header.get(name, "")) for name in ("model", "site", "predictor")}
+            raise ProfileError("it was written by another version of Slipstream; calibrate again")
+        statistics = [tensors.pop(name) for name in REQUIRED]
+        if any(t.dtype != torch.float64 or not t.isfinite().all() for t in statistics):
+            raise ProfileError("its statistics are not finite float64 tables")
+        if any(t.dtype not in (torch.float32, torch.uint8) or not t.isfinite().all() for t in tensors.values()):
+            raise ProfileError("its further statistics are not finite float32 tables")
+        points = tuple(
+            Point(_steps(p["keys"]), str(p["schedule"]), *(float(v) for v in _numbers([p["drift"], p["error"]])))
+            for p in header.get("frontier", [])
+        )
         about = header.get("about", {})
         return cls(
-            tuple(int(k) for k in header["keys"]),
-            tuple(float(s) for s in header["sigmas"]),
-            Statistics(tuple(float(t) for t in header["times"]), tensors["gram"], tensors["distance"]),
-            about=about if isinstance(about, dict) else {},
-            **texts,
+            _steps(header["keys"]),
+            tuple(float(s) for s in _numbers(header["sigmas"])),
+            Statistics(tuple(float(t) for t in _numbers(header["times"])), *statistics),
+            *(str(header.get(name, "")) for name in ("model", "site", "predictor")),
+            about if isinstance(about, dict) else {},
+            points,
+            tensors,
         )
 
     def keys_for(self, sigmas: Sequence[float]) -> tuple[int, ...]:
@@ -151,3 +199,15 @@ class Profile:
             if high > low and sigma > low:
                 return max(0.0, i + (high - sigma) / (high - low))
         return float(self.steps)
+
+
+def _numbers(values: list) -> list:
+    if any(isinstance(v, bool) or not isinstance(v, int | float) or not math.isfinite(v) for v in values):
+        raise ProfileError("its steps are not numbers")
+    return values
+
+
+def _steps(values: list) -> tuple[int, ...]:
+    if any(int(v) != v for v in _numbers(values)):
+        raise ProfileError("its key steps are not whole numbers")
+    return tuple(int(v) for v in values)

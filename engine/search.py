@@ -14,63 +14,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 from .predictors import Predictor
-
-
-@dataclass(frozen=True)
-class Statistics:
-    """What one calibration keeps of a trajectory of n snapshots q_i.
-
-    times: step coordinate of each; gram [n, n] float64: mean over elements of q_i q_j; distance [n, n] float64: mean
-    |q_i - q_j|. Averages over prompts and conds are taken by `merged`.
-    """
-
-    times: tuple[float, ...]
-    gram: Tensor
-    distance: Tensor
-
-    def __post_init__(self) -> None:
-        n = len(self.times)
-        if n < 2 or self.gram.shape != (n, n) or self.distance.shape != (n, n):
-            raise ValueError(f"statistics of {n} steps need two {n} x {n} matrices")
-
-    @property
-    def steps(self) -> int:
-        return len(self.times)
-
-    @classmethod
-    def of(cls, snapshots: Sequence[Tensor], times: Sequence[float]) -> Statistics:
-        """The statistics of a whole trajectory; for tests and short runs, a calibration streams them."""
-        rows = torch.stack([s.detach().reshape(-1).double() for s in snapshots])
-        distance = torch.stack([(rows - row).abs().mean(1) for row in rows])
-        return cls(tuple(times), rows @ rows.T / rows.shape[1], distance)
-
-    @classmethod
-    def merged(cls, runs: Sequence[Statistics]) -> Statistics:
-        """The mean of several runs over the same schedule. Raises ValueError where the schedules differ."""
-        if any(run.times != runs[0].times for run in runs):
-            raise ValueError("only runs over one schedule can be merged")
-        return cls(
-            runs[0].times,
-            torch.stack([run.gram for run in runs]).mean(0),
-            torch.stack([run.distance for run in runs]).mean(0),
-        )
-
-    def forecast_errors(self, anchors: Sequence[int], predictor: Predictor) -> list[float]:
-        """Mean squared errors of the forecasts from the snapshots at `anchors` (sorted) for every step after them."""
-        times = [self.times[a] for a in anchors]
-        later = range(anchors[-1] + 1, self.steps)
-        if not later:
-            return []
-        weights = torch.tensor([predictor.weights(times, self.times[i])[0] for i in later], dtype=torch.float64)
-        index = list(anchors)
-        own = self.gram.diagonal()[later.start :]
-        cross = (weights * self.gram[later.start :, index]).sum(1)
-        among = ((weights @ self.gram[index][:, index]) * weights).sum(1)
-        return (own - 2 * cross + among).clamp_min(0).tolist()
+from .statistics import Statistics
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ import comfy.sample
 
 from ..engine.calibration import Recorder
 from ..engine.profile import Profile
-from ..engine.search import Statistics, error_gains, forecast_aware, predicted_error, uniform
+from ..engine.search import error_gains, forecast_aware, predicted_error, uniform
+from ..engine.statistics import Statistics
 from .architectures import architecture_of
 from .errors import SlipstreamError
 from .patcher import RECORDER, plan_of, with_plan

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from slipstream.engine.calibration import Recorder
-from slipstream.engine.search import Statistics
+from slipstream.engine.statistics import Statistics
 
 
 def path(steps: int, elements: int, seed: int) -> list[torch.Tensor]:

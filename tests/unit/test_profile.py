@@ -9,27 +9,32 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from slipstream.engine import profile as profiles
-from slipstream.engine.profile import KEY, Profile, ProfileError
-from slipstream.engine.search import Statistics
+from slipstream.engine.profile import KEY, Point, Profile, ProfileError
+from slipstream.engine.statistics import Statistics
 
 
 def example(steps: int = 10, keys=(0, 1, 2, 5, 9)) -> Profile:
     path = [torch.randn(7, generator=torch.Generator().manual_seed(i)) for i in range(steps)]
     sigmas = tuple(1.0 - i / steps for i in range(steps + 1))
     statistics = Statistics.of(path, [float(i) for i in range(steps)])
-    return Profile(keys, sigmas, statistics, "abc", "model output", "newton 1", {"sampler": "euler", "cfg": 1.5})
+    frontier = (Point((0, 9), "even", 0.25, 0.125), Point((0, 4, 9), "CacheQuant", 0.1, 0.05))
+    extras = {"blocks": torch.ones(steps, 3, dtype=torch.uint8), "moments": torch.rand(2, 3)}
+    about = {"sampler": "euler", "cfg": 1.5}
+    return Profile(keys, sigmas, statistics, "abc", "model output", "newton 1", about, frontier, extras)
 
 
 def test_a_round_trip_is_exact(tmp_path):
     written = example()
     written.save(tmp_path / "p.safetensors")
     read = Profile.load(tmp_path / "p.safetensors")
-    assert (read.keys, read.sigmas, read.model, read.site, read.about) == (
-        written.keys, written.sigmas, written.model, written.site, written.about,
-    )  # fmt: skip
+    for name in ("keys", "sigmas", "model", "site", "predictor", "about", "frontier"):
+        assert getattr(read, name) == getattr(written, name), name
     assert read.statistics.times == written.statistics.times
-    assert torch.equal(read.statistics.gram, written.statistics.gram)
-    assert torch.equal(read.statistics.distance, written.statistics.distance)
+    for name in ("gram", "distance", "size"):
+        assert torch.equal(getattr(read.statistics, name), getattr(written.statistics, name)), name
+    assert read.extras.keys() == written.extras.keys()
+    assert all(torch.equal(read.extras[name], written.extras[name]) for name in written.extras)
+    assert read.to_bytes() == written.to_bytes() == (tmp_path / "p.safetensors").read_bytes()
     assert (tmp_path / "p.safetensors").stat().st_size < 8000
     assert [p.name for p in tmp_path.iterdir()] == ["p.safetensors"]
 
@@ -56,7 +61,7 @@ def damaged(tmp_path, name: str):
     header = json.loads(whole[8 : 8 + struct.unpack("<Q", whole[:8])[0]])
     plan = json.loads(header["__metadata__"][KEY])
     gram = torch.eye(10, dtype=torch.float64)
-    matrices = {"gram": gram, "distance": gram.clone()}
+    matrices = {"gram": gram, "distance": gram.clone(), "size": torch.ones(10, dtype=torch.float64)}
 
     def rewrite(tensors=matrices, **changes):
         save_file(tensors, path, metadata={KEY: json.dumps({**plan, **changes})})
@@ -70,10 +75,14 @@ def damaged(tmp_path, name: str):
         "foreign": lambda: save_file({"weight": torch.zeros(2)}, path),
         "no json": lambda: save_file(matrices, path, metadata={KEY: "{"}),
         "list": lambda: save_file(matrices, path, metadata={KEY: "[]"}),
-        "version": lambda: rewrite(version=2),
-        "dtype": lambda: rewrite({"gram": gram.float(), "distance": gram}),
-        "shape": lambda: rewrite({"gram": gram[:9].clone(), "distance": gram}),
-        "nan": lambda: rewrite({"gram": gram * float("nan"), "distance": gram}),
+        "version": lambda: rewrite(version=1),
+        "dtype": lambda: rewrite({**matrices, "gram": gram.float()}),
+        "shape": lambda: rewrite({**matrices, "gram": gram[:9].clone()}),
+        "nan": lambda: rewrite({**matrices, "gram": gram * float("nan")}),
+        "no size": lambda: rewrite({"gram": gram, "distance": gram.clone()}),
+        "wild mask": lambda: rewrite({**matrices, "blocks": torch.full((10, 3), 7, dtype=torch.uint8)}),
+        "frontier": lambda: rewrite(frontier=[{"keys": [0, 99], "schedule": "even", "drift": 0.1, "error": 0.1}]),
+        "frontier words": lambda: rewrite(frontier=[{"keys": [0], "schedule": 1, "drift": "x", "error": 0.1}]),
         "keys": lambda: rewrite(keys=[0, 99]),
         "negative key": lambda: rewrite(keys=[-1, 5]),
         "fraction": lambda: rewrite(keys=[0, 1.5]),
@@ -87,7 +96,8 @@ def damaged(tmp_path, name: str):
 @pytest.mark.parametrize(
     "name",
     ["empty", "truncated", "huge header", "text", "pickle", "foreign", "no json", "list", "version", "dtype", "shape",
-     "nan", "keys", "negative key", "fraction", "words", "rising sigmas", "no keys"],
+     "nan", "no size", "wild mask", "frontier", "frontier words", "keys", "negative key", "fraction", "words",
+     "rising sigmas", "no keys"],
 )  # fmt: skip
 def test_h78_a_file_that_is_no_profile_is_refused_in_one_sentence(tmp_path, name):
     path = damaged(tmp_path, name)
@@ -112,11 +122,12 @@ def test_h79_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
     example().save(path)
     before = path.read_bytes()
 
-    def full(tensors, filename, metadata):
-        filename.write_bytes(b"half")
+    def full(self, data):
+        with self.open("wb") as file:
+            file.write(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(profiles, "save_file", full)
+    monkeypatch.setattr(type(path), "write_bytes", full)
     with pytest.raises(OSError, match="No space"):
         example(keys=(0, 9)).save(path)
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["p.safetensors"]

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from slipstream.engine.history import History
 from slipstream.engine.predictors import Predictor
 from slipstream.engine.search import (
-    Statistics,
     brute_force,
     cachequant,
     error_gains,
@@ -19,6 +18,7 @@ from slipstream.engine.search import (
     predicted_error,
     uniform,
 )
+from slipstream.engine.statistics import Statistics
 
 PREDICTORS = [Predictor("reuse", 0), Predictor("newton", 1), Predictor("newton", 2), Predictor("taylorseer", 2)]
 
@@ -127,4 +127,4 @@ def test_merged_statistics_are_means_over_one_schedule():
     with pytest.raises(ValueError, match="one schedule"):
         Statistics.merged([one, statistics(7)])
     with pytest.raises(ValueError, match="two 6 x 6 matrices"):
-        Statistics(one.times, one.gram[:5], one.distance)
+        Statistics(one.times, one.gram[:5], one.distance, one.size)
