@@ -1,15 +1,17 @@
 """PSNR against evaluations for schedules that were solved from calibrated statistics, on prompts they have not seen.
 
-    python dev.py bench frontier [--models flux unet] [--pictures 6]
+    python dev.py bench frontier [--models flux unet] [--pictures 8] [--runs 6]
 
-Writes bench/out/frontier.json, docs/frontier.md and docs/frontier.png. Calibrated on four prompts and seeds, scored on
-others; every schedule runs through a profile and the Cache Loader, as a user's does.
+Writes bench/out/frontier.json, docs/frontier.md and docs/frontier.png. Calibrated on some prompts and seeds, scored on
+others; every schedule runs through a profile and the Cache Loader, as a user's does. `--models` keeps the rows of the
+models that are left out.
 """
 
 from __future__ import annotations
 
 import argparse
-import tempfile
+import json
+import time
 
 from .boot import ROOT, boot
 from .fidelity import PROMPTS as HELD_OUT
@@ -21,14 +23,23 @@ PLOT = ROOT / "docs" / "frontier.png"
 STEPS = 28
 COUNTS = (7, 8, 10, 11, 12, 14)
 SCHEDULERS = {"flux": ("simple", "beta"), "unet": ("normal", "karras")}
-PREDICTORS = {"reuse": 0, "Taylor 1": 1, "Taylor 2": 2}
-COLUMNS = ("model", "scheduler", "predictor", "name", "evaluations", "psnr_db", "psnr_min_db", "seconds")
+PREDICTORS = {"reuse": 0, "Taylor 1": 1, "Newton 2": 2}
+PICK, EXPECTED = "Calibrate", "Calibrate, unchecked"
+COLUMNS = (
+    "model", "scheduler", "predictor", "name", "evaluations", "psnr_db", "psnr_min_db", "error_pct",
+    "expected_error_pct", "drift_pct", "expected_drift_pct",
+)  # fmt: skip
 HEAD = """# Solved schedules
 
-Written by `python dev.py bench frontier`: 28 euler steps, cfg 1, calibrated on four prompts and seeds, scored on
-{pictures} others; PSNR of the final latent against the plain run. *even* is uniform spacing with the last step,
-*CacheQuant* its dynamic programme on the distance to the last key step, *forecast-aware* the exact programme for the
-predictor, *gains* the same with every error weighted by what it leaves in the result: that is what Calibrate writes.
+Written by `python dev.py bench frontier`: {steps} euler steps, cfg 1, calibrated on {runs} prompts and seeds, scored on
+{pictures} others; PSNR of the final latent against the plain run, mean over the pictures.
+
+*even* is uniform spacing with the last step, *CacheQuant* its dynamic programme on the distance to the last key step,
+*forecast-aware* the exact programme for the predictor's error, *weighted* the same with every error weighted by what it
+leaves in the result, *coherent* the search for the least expected error of the result, *drift budget*, *ERTACache* and
+*MagCache* thresholds found by bisection. **Calibrate** is what the node picks: of the four schedules expected to be
+best, even spacing among them, the one that is nearest to the full runs of the calibration prompts when it is sampled.
+*Calibrate, unchecked* is the one expected to be best, without sampling (`check` 0).
 
 ![PSNR against evaluations](frontier.png)
 
@@ -38,34 +49,37 @@ predictor, *gains* the same with every error weighted by what it leaves in the r
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python dev.py bench frontier")
     parser.add_argument("--models", nargs="*", default=("flux", "unet"))
-    parser.add_argument("--pictures", type=int, default=6)
+    parser.add_argument("--pictures", type=int, default=8)
+    parser.add_argument("--runs", type=int, default=6)
     options = parser.parse_args()
     boot()
     rows: list[dict] = []
     for name in options.models:
         for scheduler in SCHEDULERS[name]:
-            rows += measure(name, scheduler, options.pictures)
-            print(table(rows[-4:], COLUMNS), flush=True)
+            rows += measure(name, scheduler, options.pictures, options.runs)
+            print(table(rows[-6:], COLUMNS), flush=True)
+    made = {row["model"] for row in rows}
+    older = json.loads(OUT.read_text()) if OUT.exists() else []
+    rows = sorted([*rows, *(r for r in older if r["model"] not in made)], key=lambda r: r["model"])
     save(OUT, rows)
     plot(rows)
-    PAGE.write_text(HEAD.format(pictures=options.pictures) + gains_table(rows) + "\n\n" + table(rows, COLUMNS) + "\n")
-    print(gains_table(rows))
+    head = HEAD.format(steps=STEPS, pictures=options.pictures, runs=options.runs)
+    short = "\n\n".join([gains_table(rows), agreement(rows), cost_table(rows)])
+    PAGE.write_text(f"{head}{short}\n\n{table(schedules(rows), COLUMNS)}\n")
+    print(short)
 
 
-def measure(name: str, scheduler: str, pictures: int) -> list[dict]:
+def measure(name: str, scheduler: str, pictures: int, runs: int) -> list[dict]:
     """The rows of one model and scheduler."""
-    import comfy.sample
     import comfy.samplers
-    import folder_paths
     import torch
     from slipstream.demo import emoji
-    from slipstream.engine.metrics import psnr
-    from slipstream.engine.profile import Profile
-    from slipstream.engine.search import cachequant, error_gains, forecast_aware, uniform
-    from slipstream.engine.statistics import Statistics
-    from slipstream.host import events, profiles
-    from slipstream.host.calibrate import record
-    from slipstream.host.patcher import add_cache, add_predictor, plan_of
+    from slipstream.engine.metrics import psnr, relative_error
+    from slipstream.engine.search import Search
+    from slipstream.host import calibrate as calibration
+    from slipstream.host import events
+    from slipstream.host.architectures import architecture_of
+    from slipstream.host.patcher import PROFILE, add_cache, add_predictor, plan_of
     from slipstream.host.plan import CacheConfig, PredictorConfig
     from slipstream.host.recipe import MODEL_OUTPUT, described, resolve
     from slipstream.host.sampling import sampler_traits
@@ -75,124 +89,194 @@ def measure(name: str, scheduler: str, pictures: int) -> list[dict]:
     sampler = comfy.samplers.sampler_object("euler")
     sigmas = comfy.samplers.calculate_sigmas(base.get_model_object("model_sampling"), scheduler, STEPS)
     values = tuple(float(s) for s in sigmas)
-    latent = torch.zeros(1, 16, 16, 16)
+    latent = {"samples": torch.zeros(1, 16, 16, 16)}
+    label = f"tiny_{'flux' if name == 'flux' else 'sd15'}_emoji"
 
-    def conds(prompt: str):
-        return emoji.conditioning(prompt), emoji.conditioning("")
+    def job(model, prompts, seed: int) -> calibration.Job:
+        each = tuple((emoji.conditioning(p), seed + i) for i, p in enumerate(prompts))
+        return calibration.Job(model, each, emoji.conditioning(""), 1.0, sampler, sigmas, latent)
 
+    seen = job(base, emoji.PROMPTS[:runs], 500)
+    unseen = job(base, [HELD_OUT[i % len(HELD_OUT)] for i in range(pictures)], 4000)
     with torch.inference_mode():
-        statistics = Statistics.merged(
-            [
-                record(base, *conds(prompt), 1.0, sampler, sigmas, {"samples": latent}, 500 + i)
-                for i, prompt in enumerate(emoji.PROMPTS[:4])
-            ]
-        )
-    gains = error_gains(values, 1.0, name == "flux")
+        rows = cost(label, scheduler, seen, calibration)
+        recorded = calibration.record(seen)
+        truth = [unseen.sample(base, i) for i in range(pictures)]
+    size = calibration._size(base, recorded.finals)
 
-    def run(model):
-        latents, computed, seconds = [], [], []
-        for i in range(pictures):
-            noise = comfy.sample.prepare_noise(latent, 4000 + i)
+    def run(model, which, reference) -> dict:
+        scores, errors, drifts = [], [], []
+        for i, final in enumerate(reference):
             with torch.inference_mode():
-                latents.append(
-                    comfy.sample.sample_custom(
-                        model, noise, 1.0, sampler, sigmas, *conds(HELD_OUT[i % len(HELD_OUT)]), latent,
-                        disable_pbar=True, seed=4000 + i,
-                    )
-                )  # fmt: skip
+                result = which.sample(model, i)
             report = events.last_report(plan_of(model))
-            computed.append(report["computed"])
-            seconds.append(report["seconds"])
-        return latents, mean(computed), mean(seconds)
+            scores.append(psnr(result, final))
+            errors.append(relative_error(result, final))
+            drifts.append(report["drift_mean"])
+        return {"evaluations": report["computed"], "psnr_db": mean_db(scores), "psnr_min_db": min(scores),
+                "error_pct": 100 * mean(errors), "drift_pct": 100 * mean(drifts)}  # fmt: skip
 
-    truth, _, plain_seconds = run(add_cache(base, CacheConfig("Off", node_id="plain")))
-    rows = []
+    from slipstream.engine.profile import Profile
 
-    def score(model, predictor: str, method: str) -> None:
-        latents, computed, seconds = run(model)
-        scores = [psnr(z, t) for z, t in zip(latents, truth, strict=True)]
-        rows.append(
-            {
-                "name": method, "model": f"tiny_{'flux' if name == 'flux' else 'sd15'}_emoji", "scheduler": scheduler,
-                "predictor": predictor, "sampler": "euler", "steps": STEPS, "evaluations": computed,
-                "seconds": seconds, "plain_seconds": plain_seconds, "psnr_db": mean_db(scores),
-                "psnr_min_db": min(scores), "runs": pictures,
-            }
-        )  # fmt: skip
-
-    with tempfile.TemporaryDirectory() as folder:
-        folder_paths.folder_names_and_paths[profiles.FOLDER] = ([folder], {".safetensors"})
-        for label, order in PREDICTORS.items():
-            config = PredictorConfig("Taylor", order) if order else None
-            planned = base if config is None else add_predictor(base, config)
-            predictor = resolve(plan_of(planned), sampler_traits(sampler), _row(base), values).predictor
-            for preset in ("Safe", "Balanced", "Fast"):
-                score(add_cache(planned, CacheConfig(preset, node_id="b")), label, f"drift budget ({preset})")
-            for count in COUNTS:
-                solved = {
-                    "even": uniform(STEPS, count),
-                    "CacheQuant": cachequant(statistics, count).keys,
-                    "forecast-aware": forecast_aware(statistics, count, predictor).keys,
-                    "gains": forecast_aware(statistics, count, predictor, gains).keys,
-                }
-                for method, keys in solved.items():
-                    file = profiles.save(
-                        f"{method} {label} {count}",
-                        Profile(keys, values, statistics, "", MODEL_OUTPUT, described(predictor)),
-                    )
-                    score(add_cache(planned, CacheConfig(node_id="b", profile=file)), label, method)
+    for predictor_name, order in PREDICTORS.items():
+        planned = base if not order else add_predictor(base, PredictorConfig("Taylor", order))
+        row = architecture_of(base.get_model_object("diffusion_model"))
+        predictor = resolve(plan_of(planned), sampler_traits(sampler), row, values).predictor
+        search = Search(recorded.statistics, predictor, values, calibration._growth(seen, recorded))
+        common = {"model": label, "scheduler": scheduler, "predictor": predictor_name, "sampler": "euler",
+                  "steps": STEPS, "runs": pictures}  # fmt: skip
+        for count in COUNTS:
+            ranked = search.candidates(count)
+            even = search.keys("even", count)
+            checked = [c.keys for c in ranked[: calibration.Wish().check]]
+            if even not in checked:
+                checked[-1] = even
+            scored, known = {}, {}
+            for candidate in ranked:
+                profile = Profile(candidate.keys, values, recorded.statistics, "", MODEL_OUTPUT, described(predictor))
+                model = add_cache(planned, CacheConfig(node_id="b"))
+                model.set_attachments(PROFILE, profile)
+                scored[candidate.keys] = {
+                    **common, **run(model, unseen, truth), "expected_error_pct": 100 * candidate.error / size,
+                    "expected_drift_pct": 100 * candidate.drift,
+                }  # fmt: skip
+                if candidate.keys in checked:
+                    known[candidate.keys] = run(model, seen, recorded.finals)["psnr_db"]
+            for schedule in calibration.SCHEDULES:
+                keys = search.keys(schedule, count)
+                if keys is not None:
+                    rows.append({"name": schedule, **scored[keys]})
+            rows.append({"name": EXPECTED, **scored[ranked[0].keys]})
+            rows.append({"name": PICK, **scored[max(known, key=known.get)]})
     return rows
 
 
-def _row(patcher):
-    from slipstream.host.architectures import architecture_of
+def cost(label: str, scheduler: str, job, calibration) -> list[dict]:
+    """Seconds and memory of the full runs with and without recording, in turns."""
+    import torch
+    from slipstream.engine.calibration import Recorder
 
-    return architecture_of(patcher.get_model_object("diffusion_model"))
+    peak, push = [0], Recorder.push
+
+    def counted(self, *args, **kwargs):
+        push(self, *args, **kwargs)
+        peak[0] = max(peak[0], self.nbytes)
+
+    one = calibration.Job(job.model, job.runs[:1], job.negative, job.cfg, job.sampler, job.sigmas, job.latent)
+    plain, recorded = [], []
+    Recorder.push = counted
+    try:
+        for _ in range(6):
+            started = time.perf_counter()
+            one.sample(one.model, 0)
+            plain.append(time.perf_counter() - started)
+            started = time.perf_counter()
+            result = calibration.record(one)
+            recorded.append(time.perf_counter() - started)
+    finally:
+        Recorder.push = push
+    steps = result.statistics.steps
+    # the tables are made in float64 from the samples, one more of that size is the difference of two
+    tables = 2 * 8 * steps * min(Recorder().sample, job.latent["samples"].numel())
+    return [
+        {
+            "name": "cost", "model": label, "scheduler": scheduler, "sampler": "euler", "steps": STEPS,
+            "evaluations": STEPS, "plain_seconds": min(plain), "seconds": min(recorded),
+            "ratio": sorted(r / p for r, p in zip(recorded, plain, strict=True))[len(plain) // 2],
+            "memory_mb": (peak[0] + tables) / 1e6, "threads": torch.get_num_threads(),
+        }
+    ]  # fmt: skip
+
+
+def schedules(rows: list[dict]) -> list[dict]:
+    return [r for r in rows if r["name"] != "cost"]
+
+
+def _groups(rows: list[dict]):
+    """((model, scheduler, predictor), {(name, computed steps): row}) of all."""
+    chosen = schedules(rows)
+    for key in dict.fromkeys((r["model"], r["scheduler"], r["predictor"]) for r in chosen):
+        mine = [r for r in chosen if (r["model"], r["scheduler"], r["predictor"]) == key]
+        yield key, {(r["name"], round(r["evaluations"])): r for r in mine}
 
 
 def gains_table(rows: list[dict]) -> str:
-    """How far what Calibrate writes is above even spacing and below the best schedule, per model and predictor."""
+    """How far Calibrate's pick is above even spacing and below the best schedule, per model and predictor."""
     lines = [
-        "| model | scheduler | predictor | above even at 11 (dB) | above even, mean (dB) | below the best, worst (dB) |"
+        "| model | scheduler | predictor | above even at 11 of 28 (dB) | mean over all (dB) "
+        "| below the best, mean (dB) | worst (dB) | unchecked: mean (dB) | below the best, worst (dB) |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    lines.append("| --- | --- | --- | --- | --- | --- |")
-    for model, scheduler, predictor in dict.fromkeys((r["model"], r["scheduler"], r["predictor"]) for r in rows):
-        chosen = [r for r in rows if (r["model"], r["scheduler"], r["predictor"]) == (model, scheduler, predictor)]
-        by = {(r["name"], round(r["evaluations"])): r["psnr_db"] for r in chosen}
-        above = {c: by["gains", c] - by["even", c] for c in COUNTS}
-        below = [
-            max(by[m, c] for m in ("even", "CacheQuant", "forecast-aware", "gains")) - by["gains", c] for c in COUNTS
-        ]
+    firsts = []
+    for key, by in _groups(rows):
+
+        def psnr(name: str, count: int, by=by) -> float:
+            return by[name, count]["psnr_db"]
+
+        best = {c: max(r["psnr_db"] for (_, n), r in by.items() if n == c) for c in COUNTS}
+        above = {c: psnr(PICK, c) - psnr("even", c) for c in COUNTS}
+        below = [best[c] - psnr(PICK, c) for c in COUNTS]
+        blind = [best[c] - psnr(EXPECTED, c) for c in COUNTS]
+        gain = mean(psnr(EXPECTED, c) - psnr("even", c) for c in COUNTS)
+        firsts.append(above[11])
         lines.append(
-            f"| {model} | {scheduler} | {predictor} | {above[11]:+.1f} | {mean(above.values()):+.1f} "
-            f"| {max(below):.1f} |"
+            f"| {' | '.join(key)} | {above[11]:+.1f} | {mean(above.values()):+.1f} | {mean(below):.1f} "
+            f"| {max(below):.1f} | {gain:+.1f} | {max(blind):.1f} |"
+        )
+    lines.append(f"\nAbove even spacing at 11 of 28 (40 %), mean of all rows: {mean(firsts):+.1f} dB.")
+    return "\n".join(lines)
+
+
+def agreement(rows: list[dict]) -> str:
+    """How near the expected numbers are to those measured on prompts that were not calibrated on."""
+    picks = [r for r in schedules(rows) if r["name"] == PICK]
+    lines = ["| model | scheduler | expected / measured drift, range | expected / measured error, range |",
+             "| --- | --- | --- | --- |"]  # fmt: skip
+    for key in dict.fromkeys((r["model"], r["scheduler"]) for r in picks):
+        mine = [r for r in picks if (r["model"], r["scheduler"]) == key]
+        drift = sorted(r["expected_drift_pct"] / r["drift_pct"] for r in mine)
+        error = sorted(r["expected_error_pct"] / r["error_pct"] for r in mine)
+        lines.append(
+            f"| {' | '.join(key)} | {drift[0]:.2f} to {drift[-1]:.2f} | {error[0]:.2f} to {error[-1]:.2f}, "
+            f"median {error[len(error) // 2]:.2f} |"
         )
     return "\n".join(lines)
+
+
+def cost_table(rows: list[dict]) -> str:
+    """What a calibration run costs."""
+    costs = [r for r in rows if r["name"] == "cost"]
+    columns = ("model", "scheduler", "plain_seconds", "seconds", "ratio", "memory_mb")
+    head = "One full run with recording and growth measurement beside a plain one, in turns, median of six:"
+    return f"{head}\n\n{table(costs, columns)}"
 
 
 def plot(rows: list[dict]) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    panels = list(dict.fromkeys((r["model"], r["scheduler"]) for r in rows))
+    groups = dict(_groups(rows))
+    panels = list(dict.fromkeys(key[:2] for key in groups))
     figure = Figure(figsize=(11, 3.6 * len(panels)), layout="constrained")
     FigureCanvasAgg(figure)
-    colours = {"even": "#999999", "CacheQuant": "#56B4E9", "forecast-aware": "#E69F00", "gains": "#D55E00"}
+    colours = {
+        "even": "#999999", "CacheQuant": "#56B4E9", "forecast-aware": "#E69F00", "weighted": "#009E73",
+        "coherent": "#CC79A7", "drift budget": "#0072B2", "ERTACache": "#F0E442", "MagCache": "#000000",
+    }  # fmt: skip
     grid = figure.subplots(len(panels), len(PREDICTORS), squeeze=False, sharex=True)
-    for line, (model, scheduler) in zip(grid, panels, strict=True):
+    for line, panel in zip(grid, panels, strict=True):
         for axes, predictor in zip(line, PREDICTORS, strict=True):
-            chosen = [r for r in rows if (r["model"], r["scheduler"], r["predictor"]) == (model, scheduler, predictor)]
-            for method, colour in colours.items():
-                points = [(r["evaluations"], r["psnr_db"]) for r in chosen if r["name"] == method]
-                axes.plot(*zip(*points, strict=True), marker="o", ms=3, color=colour, label=method)
-            presets = [r for r in chosen if r["name"].startswith("drift budget") and r["evaluations"] <= 16]
-            points = sorted((r["evaluations"], r["psnr_db"]) for r in presets) or [(16, float("nan"))]
-            axes.plot(*zip(*points, strict=True), ls="--", marker="s", ms=3, color="#0072B2", label="drift budget")
-            axes.set_title(f"{model}, {scheduler}, {predictor}", fontsize=9)
-            axes.set_xlim(6, 16)
+            by = groups[(*panel, predictor)]
+            for name, colour in colours.items():
+                points = [(c, by[name, c]["psnr_db"]) for c in COUNTS if (name, c) in by]
+                if points:
+                    axes.plot(*zip(*points, strict=True), marker="o", ms=3, lw=1, color=colour, label=name)
+            points = [(c, by[PICK, c]["psnr_db"]) for c in COUNTS]
+            axes.plot(*zip(*points, strict=True), "o", ms=10, mfc="none", mec="#D55E00", mew=1.5, label=PICK)
+            axes.set_title(f"{', '.join(panel)}, {predictor}", fontsize=9)
             axes.grid(alpha=0.3)
-    grid[0][0].legend(fontsize=8)
-    grid[-1][0].set_xlabel("evaluations of 28")
+    grid[0][0].legend(fontsize=7)
+    grid[-1][0].set_xlabel(f"evaluations of {STEPS}")
     grid[-1][0].set_ylabel("PSNR, dB")
     PLOT.parent.mkdir(exist_ok=True)
     figure.savefig(PLOT, dpi=90)

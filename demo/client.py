@@ -48,9 +48,15 @@ class Client:
     async def object_info(self) -> dict:
         return json.loads(await self.get("/object_info"))
 
-    async def run(self, prompt: dict, timeout: float = 300.0) -> Result:
-        """Queue the prompt and return when it has finished. Raises PromptRefused with the host's words."""
-        async with self.session.post(f"{self.url}/prompt", json={"prompt": prompt, "client_id": self.id}) as response:
+    async def run(self, prompt: dict, timeout: float = 300.0, extra_pnginfo: dict | None = None) -> Result:
+        """Queue the prompt and return when it has finished. Raises PromptRefused with the host's words.
+
+        extra_pnginfo: what the host's save nodes write into metadata; the canvas sends {"workflow": its graph}.
+        """
+        body = {"prompt": prompt, "client_id": self.id}
+        if extra_pnginfo is not None:
+            body["extra_data"] = {"extra_pnginfo": extra_pnginfo}
+        async with self.session.post(f"{self.url}/prompt", json=body) as response:
             answer = await response.json()
             if response.status != 200:
                 raise PromptRefused(json.dumps(answer))

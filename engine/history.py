@@ -85,6 +85,11 @@ class History:
         """The newest snapshot itself: read it, never change or keep it."""
         return tuple(t.read() for t in self._snapshots[-1])
 
+    @property
+    def last(self) -> tuple[Tensor, ...]:
+        """The newest snapshot in the dtype it came in, for reuse: read it, never change or keep it."""
+        return tuple(t.read().to(t.dtype) for t in self._snapshots[-1])
+
     def column(self, part: int = 0) -> list[Tensor]:
         """One part of every snapshot, oldest first: read them, never change or keep them."""
         return [snapshot[part].read() for snapshot in self._snapshots]

@@ -7,10 +7,9 @@ that is not exactly this is refused in one sentence.
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import json
 import math
-import os
 import struct
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -21,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors import torch as safetensors
 from torch import Tensor
 
+from .files import write_whole
 from .statistics import Statistics
 
 KEY = "slipstream_profile"
@@ -78,7 +78,8 @@ class Profile:
             if not keys or list(keys) != sorted(set(keys)) or keys[0] != 0 or keys[-1] >= n:
                 raise ProfileError("its key steps are not a rising list from 0 within its steps")
         mask = self.blocks
-        if mask is not None and (mask.dtype != torch.uint8 or mask.ndim != 2 or len(mask) != n or mask.max() > 1):
+        shaped = mask is None or (mask.dtype == torch.uint8 and mask.ndim == 2 and len(mask) == n and mask.numel() > 0)
+        if not shaped or (mask is not None and mask.max() > 1):
             raise ProfileError("its block mask is not a table of zeros and ones with a row per step")
 
     @property
@@ -108,13 +109,7 @@ class Profile:
 
     def save(self, path: Path) -> None:
         """Write the file whole or not at all: under a temporary name first, then renamed."""
-        temporary = path.with_name(path.name + ".part")
-        try:
-            temporary.write_bytes(self.to_bytes())
-            os.replace(temporary, path)
-        finally:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
+        write_whole(path, self.to_bytes())
 
     @classmethod
     def load(cls, path: Path) -> Profile:
@@ -167,6 +162,17 @@ class Profile:
             tensors,
         )
 
+    def relaxed(self, factor: float) -> Profile:
+        """The same profile at the point of its frontier that computes least within `factor` times the error expected of
+        its own key steps; as it is where the frontier has none."""
+        limit = factor * float(self.about.get("predicted_error", 0.0))
+        allowed = [p for p in self.frontier if p.error <= limit]
+        if factor == 1.0 or not allowed or self.blocks is not None:
+            return self
+        point = min(allowed, key=lambda p: (len(p.keys), p.error))
+        expected = {"predicted_drift": point.drift, "predicted_error": point.error}
+        return dataclasses.replace(self, keys=point.keys, about={**self.about, "schedule": point.schedule, **expected})
+
     def keys_for(self, sigmas: Sequence[float]) -> tuple[int, ...]:
         """The key steps for another schedule over the same range: every key goes to the step nearest in time.
 
@@ -179,6 +185,26 @@ class Profile:
             raise ProfileError("an empty schedule has no key steps")
         if tuple(sigmas) == self.sigmas:
             return self.keys
+        times = self._times(sigmas)
+        chosen = {0, steps - 1}
+        for key in self.keys:
+            if key >= times[0] - 0.5:
+                chosen.add(min(range(steps), key=lambda i, key=key: abs(times[i] - key)))
+        return tuple(sorted(chosen))
+
+    def rows_for(self, sigmas: Sequence[float]) -> list[int]:
+        """For every step of another schedule over the same range, the step of this profile that is nearest in time.
+
+        sigmas: n + 1 falling values; the result has n entries. Times and the ProfileError are those of `keys_for`.
+        """
+        if len(sigmas) < 2:
+            raise ProfileError("an empty schedule has no key steps")
+        if tuple(sigmas) == self.sigmas:
+            return list(range(self.steps))
+        return [min(range(self.steps), key=lambda i, time=time: abs(i - time)) for time in self._times(sigmas)]
+
+    def _times(self, sigmas: Sequence[float]) -> list[float]:
+        """The place in this profile's schedule of every step of another; ProfileError where one leaves its range."""
         top, bottom = self.sigmas[0], self.sigmas[-1]
         slack = 0.02 * (top - bottom)
         if sigmas[0] > top + slack or sigmas[-1] < bottom - slack:
@@ -186,12 +212,7 @@ class Profile:
                 f"it was measured for sigmas from {top:.4g} to {bottom:.4g}, and this run goes from {sigmas[0]:.4g} to "
                 f"{sigmas[-1]:.4g}"
             )
-        times = [self._time(s) for s in sigmas[:-1]]
-        chosen = {0, steps - 1}
-        for key in self.keys:
-            if key >= times[0] - 0.5:
-                chosen.add(min(range(steps), key=lambda i, key=key: abs(times[i] - key)))
-        return tuple(sorted(chosen))
+        return [self._time(s) for s in sigmas[:-1]]
 
     def _time(self, sigma: float) -> float:
         for i in range(self.steps):

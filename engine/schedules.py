@@ -150,6 +150,49 @@ class KeySteps:
         return not any(trace.times[-1] + SAME_TIME < key <= u + SAME_TIME for key in self.keys)
 
 
+@dataclass(frozen=True, slots=True)
+class BlockMask:
+    """Compute at every step the transformer blocks that a table names, and reuse the last computed residual of the
+    others (ECAD, arXiv 2506.15682, at whole blocks).
+
+    rows: one per step of the run, with a 1 for every block that is computed. The first and the last step are computed
+    in full whatever the table says. An evaluation between two steps belongs to the earlier one. Nothing is forecast, so
+    no warm-up is added.
+    """
+
+    rows: tuple[tuple[int, ...], ...]
+    needs_input_change: bool = False
+    probe: str | None = None
+    spaced: bool = True
+    trusted: bool = True
+
+    @property
+    def blocks(self) -> int:
+        return len(self.rows[0])
+
+    @property
+    def reused(self) -> int:
+        """How many blocks are ever reused: the residuals that may have to be kept at once."""
+        return sum(any(not self.computes(step, b) for step in range(len(self.rows))) for b in range(self.blocks))
+
+    def step(self, u: float) -> int:
+        """The step an evaluation at u belongs to."""
+        return min(max(int(u + SAME_TIME), 0), len(self.rows) - 1)
+
+    def computes(self, step: int, block: int) -> bool:
+        """Whether this block runs at this step."""
+        return not 0 < step < len(self.rows) - 1 or bool(self.rows[step][block])
+
+    def keeps(self, step: int, block: int) -> bool:
+        """Whether the residual that this block computes at this step is reused at the next one."""
+        return not self.computes(step + 1, block)
+
+    def skip(self, trace: Trace, u: float, order: int) -> bool:
+        """True where at least one block is reused."""
+        step = self.step(u)
+        return any(not self.computes(step, block) for block in range(self.blocks))
+
+
 def power_grid(steps: int, every: int, power: float, centre: int) -> tuple[int, ...]:
     """DeepCache's non-uniform key steps (arXiv 2312.00858, released code): dense around `centre`, sparse away from it.
 

@@ -4,6 +4,7 @@ Two quantities can be cached. STACK keeps the residual of the blocks after the f
 image tokens): first-block caches, MagCache, TeaCache. FEATURES keeps the image tokens after the last block, from which
 the final layer is computed anew: TaylorSeer's lite form, CG-Taylor. While a stack is filled its blocks hand their
 input through, and the last one returns the forecast; none of them runs. Text tokens do not matter after the stack.
+A third, EACH, skips single blocks and has a file of its own, `block_mask.py`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from .calls import CURRENT, Parts, PatchedForward, split
 
 STACK = "block stack"
 FEATURES = "last-block features"
+EACH = "each block"
 
 
 class Blocks:
@@ -45,6 +47,15 @@ def _container(network: torch.nn.Module, path: str) -> list[tuple[str, torch.nn.
         return list(network.get_submodule(path).named_children())
     except AttributeError:
         return []
+
+
+def block_sizes(network: torch.nn.Module, row: Architecture) -> list[int]:
+    """Parameters of every block in running order: what it costs, near enough to weigh one block against another."""
+    return [
+        sum(parameter.numel() for parameter in block.parameters())
+        for stack in row.stacks
+        for _, block in _container(network, stack.path)
+    ]
 
 
 def patched_forwards(patcher, network: torch.nn.Module, row: Architecture) -> dict[str, PatchedForward]:
@@ -122,7 +133,7 @@ class BlockCall:
         if number is None or site.run.note:
             return original(*args, **kwargs)
         stack = site.blocks.stacks[number]
-        stream = parts_of(_read(stack, args, kwargs))
+        stream = parts_of(read(stack, args, kwargs))
         if number == 0:
             self.tokens = stream[0].shape[1]
             # the token count may change in a run (keyframe masks, a prompt of another length): each has its history
@@ -139,13 +150,12 @@ class BlockCall:
         last = number == len(site.blocks) - 1
         if self.filled is None:
             output = original(*args, **kwargs)
-            result = parts_of(_result(stack, output))
-            self.latest = result
+            self.latest = parts_of(result(stack, output))
             if last:
-                self._keep(self._image(stack, result))
+                self._keep(self._image(stack, self.latest))
             return output
         self.latest = stream
-        return _stand_in(stack, args, kwargs, self._forecast(stream) if last and number >= site.first else stream)
+        return stand_in(stack, args, kwargs, self._forecast(stream) if last and number >= site.first else stream)
 
     # -- the image tokens ----------------------------------------------------------------------------------------
 
@@ -226,27 +236,49 @@ class BlockCall:
         self.base = self.probe = None
 
 
-def _read(stack: Stack, args: tuple, kwargs: dict):
+def read(stack: Stack, args: tuple, kwargs: dict):
     """The image stream among a block's arguments."""
     if stack.key is not None:
         return args[0]["img"]
     return kwargs[stack.stream] if stack.stream in kwargs else args[0]
 
 
-def _result(stack: Stack, output):
+def result(stack: Stack, output):
     """The image stream in what a block returns."""
     if stack.key is not None:
         return output["img"]
     return output[stack.image_at] if stack.second is not None and not torch.is_tensor(output) else output
 
 
-def _stand_in(stack: Stack, args: tuple, kwargs: dict, stream: Parts):
-    """What a block that did not run returns, with `stream` in the place of its image stream."""
-    given = _read(stack, args, kwargs)
-    value = stream[0] if torch.is_tensor(given) else type(given)(stream)
+def read_second(stack: Stack, args: tuple, kwargs: dict):
+    """The other stream among a block's arguments, the text; None where it is given none."""
     if stack.key is not None:
-        return {"img": value, **({"txt": args[0]["txt"]} if "txt" in args[0] else {})}
+        return args[0].get("txt")
+    if stack.second is None:
+        return None
+    return kwargs[stack.second] if stack.second in kwargs else args[1]
+
+
+def result_second(stack: Stack, output):
+    """The other stream in what a block returns; None where it returns none."""
+    if stack.key is not None:
+        return output.get("txt")
+    return None if stack.second is None or torch.is_tensor(output) else output[1 - stack.image_at]
+
+
+def stand_in(stack: Stack, args: tuple, kwargs: dict, stream: Parts, texts: Parts = ()):
+    """What a block that did not run returns: `stream` for the image, `texts` for the text, or that as it came."""
+    value = _like(read(stack, args, kwargs), stream)
+    second = read_second(stack, args, kwargs)
+    if texts:
+        second = _like(second, texts)
+    if stack.key is not None:
+        return {"img": value, **({"txt": second} if "txt" in args[0] else {})}
     if stack.second is None:
         return value
-    pair = (value, kwargs[stack.second] if stack.second in kwargs else args[1])
-    return pair if stack.image_at == 0 else pair[::-1]
+    return (value, second) if stack.image_at == 0 else (second, value)
+
+
+def _like(given, parts: Parts):
+    """Tensors in the form in which a stream was given: alone, or in a tuple or list."""
+    return parts[0] if torch.is_tensor(given) else type(given)(parts)

@@ -43,6 +43,7 @@ def evaluation(run, now) -> None:
             "step": now.u,
             "steps": run.clock.steps,
             "action": now.action,
+            "share": now.share,
             "order": now.order,
             "drift": now.drift,
             "seconds": now.seconds,
@@ -90,11 +91,17 @@ def node_text(report: dict) -> str:
         return report.get("note") or summary(report)
     drift = f", off by {100 * report['drift_mean']:.1f} %" if report["drift_mean"] is not None else ""
     lines = [
-        f"computed {report['computed']} of {report['evaluations']}{drift}",
+        f"computed {report['computed']} of {report['evaluations']}{_share(report)}{drift}",
         f"{report['seconds']:.2f} s, about {report['seconds_saved']:.2f} s saved, {_megabytes(report)}",
         report["chose"] or report["note"],
     ]
     return "\n".join([*lines, *([report["remark"]] if report["remark"] else [])])
+
+
+def _share(report: dict) -> str:
+    """What the evaluations that ran some of their blocks add to the count; empty where there are none."""
+    share = report["computed_share"]
+    return "" if share == report["computed"] else f" in full, {share:.1f} worth of blocks"
 
 
 def _megabytes(report: dict) -> str:
@@ -117,7 +124,7 @@ def summary(report: dict) -> str:
             f", the filled ones off by {100 * report['drift_mean']:.1f} % (at most {100 * report['drift_max']:.1f} %)"
         )
     return (
-        f"computed {report['computed']} of {total} evaluations of {report['sampler']}{drift}, "
+        f"computed {report['computed']} of {total} evaluations of {report['sampler']}{_share(report)}{drift}, "
         f"{report['seconds']:.2f} s, about {report['seconds_saved']:.2f} s saved; "
         f"{report['chose'] or report['note']} for {report['family']}, cache {_megabytes(report)}" + remark
     )

@@ -10,22 +10,28 @@ import comfy.model_sampling
 import torch
 from comfy.patcher_extension import WrappersMP
 
+from ..engine.profile import Profile
 from . import blocks, events, profiles, sites, unet
-from .architectures import architecture_of
-from .blocks import FEATURES, STACK
+from .architectures import Architecture, architecture_of
+from .blocks import EACH, FEATURES, STACK, Blocks
 from .calls import PatchedForward
 from .conflicts import refuse_other_cache
 from .errors import SlipstreamError
 from .plan import CacheConfig, Plan, PredictorConfig, check_cache, check_predictor
-from .recipe import lacks, level_of
+from .recipe import described, lacks, level_of, resolve
 from .run import Run
-from .sampling import Clock, sampler_traits
+from .sampling import Clock, Sampler, sampler_traits
 from .unet import DEPTH, ENCODER
 
 log = logging.getLogger("slipstream")
 
-# The attachment under which a calibration hands its recorder to the run; only on a patcher of its own.
-RECORDER = "slipstream_recorder"
+# The attachments under which a calibration hands its recorder, or a profile that is in no file, to the run; only on a
+# patcher of its own.
+RECORDER, PROFILE = "slipstream_recorder", "slipstream_profile"
+
+
+# With the profile `auto`: how much of the error expected of a profile's own steps each preset allows.
+RELAXED = {"Safe": 0.5, "Balanced": 1.0, "Fast": 2.0}
 
 
 def plan_of(model) -> Plan:
@@ -48,16 +54,45 @@ def _network(patcher):
     return patcher.get_model_object("diffusion_model")
 
 
+def _profile(patcher, plan: Plan) -> Profile | None:
+    """The profile that the plan names, read from its file. Raises SlipstreamError."""
+    handed = patcher.get_attachment(PROFILE)
+    if handed is not None or plan.cache is None or plan.cache.profile in ("", profiles.AUTO):
+        return handed
+    return profiles.load(plan.cache.profile)
+
+
+def _decided(
+    patcher, plan: Plan, sampler: Sampler, row: Architecture, sigmas: tuple[float, ...]
+) -> tuple[Plan, Profile | None]:
+    """The plan with a profile's name in the place of `auto`, and that profile; none where none fits or the user chose
+    every value. A profile found so is of the site the plan would use without it, so its patches are there."""
+    cache = plan.cache
+    if cache is None or cache.profile != profiles.AUTO:
+        return plan, _profile(patcher, plan)
+    plan = dataclasses.replace(plan, cache=dataclasses.replace(cache, profile=""))
+    if cache.preset not in RELAXED or sampler.stochastic or not profiles.files():
+        return plan, None
+    recipe = resolve(plan, sampler, row, sigmas)
+    model = profiles.fingerprint(patcher)
+    name, found = profiles.fitting(model, described(recipe.predictor), recipe.level, sampler.name, sigmas)
+    if found is None:
+        return plan, None
+    return dataclasses.replace(plan, cache=dataclasses.replace(cache, profile=name)), found.relaxed(
+        RELAXED[cache.preset]
+    )
+
+
 def _patched_forwards(patcher, plan: Plan) -> dict[str, PatchedForward]:
     """The object patches that this plan's site needs on this model; none that are there already."""
     network = _network(patcher)
     row = architecture_of(network)
-    level = level_of(plan.cache or CacheConfig(), plan.predictor, row)
+    level = level_of(plan.cache or CacheConfig(), plan.predictor, row, _profile(patcher, plan))
     if lacks(level, row):
         return {}
     if level in (DEPTH, ENCODER):
         patches = unet.patched_forwards(patcher, network)
-    elif level in (STACK, FEATURES):
+    elif level in (STACK, FEATURES, EACH):
         patches = blocks.patched_forwards(patcher, network, row)
     else:
         return {}
@@ -66,7 +101,7 @@ def _patched_forwards(patcher, plan: Plan) -> dict[str, PatchedForward]:
 
 def add_cache(model, config: CacheConfig):
     """A clone of the model with the Cache Loader's part added. Raises SlipstreamError."""
-    if config.profile:
+    if config.profile not in ("", profiles.AUTO):
         profiles.load(
             config.profile
         )  # a file that cannot be read is told when the node runs, not when the sampler does
@@ -118,17 +153,20 @@ def open_run(guider, args: tuple, kwargs: dict) -> Run:
     refuse_other_cache(node, guider.model_options, {})
     clock = Clock(tuple(float(s) for s in sigmas))
     sampling = patcher.get_model_object("model_sampling")
-    profile = profiles.load(plan.cache.profile) if plan.cache is not None and plan.cache.profile else None
+    network, traits = _network(patcher), sampler_traits(sampler)
+    row = architecture_of(network)
+    plan, profile = _decided(patcher, plan, traits, row, clock.sigmas)
     return Run(
         plan,
         clock,
-        sampler_traits(sampler),
+        traits,
         sampling.percent_to_sigma,
         type(patcher.model).__name__,
-        architecture_of(_network(patcher)),
+        row,
         lambda sigma: float(sampling.timestep(torch.tensor([sigma]))),
         not isinstance(sampling, comfy.model_sampling.CONST),
         profile,
         "" if profile is None else profiles.fingerprint(patcher),
         patcher.get_attachment(RECORDER),
+        len(Blocks(network, row)),
     )

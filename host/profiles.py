@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 import re
+from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import folder_paths
@@ -13,7 +16,7 @@ from ..engine.profile import Profile, ProfileError
 from .errors import SlipstreamError
 
 FOLDER = "slipstream_profiles"
-NONE = "none"
+NONE, AUTO = CHOICES = "none", "auto"
 
 
 def register() -> None:
@@ -24,9 +27,14 @@ def register() -> None:
 
 
 def names() -> list[str]:
-    """The profiles there are, for a list on the canvas."""
+    """What there is to choose from, for a list on the canvas."""
+    return [AUTO, NONE, *files()]
+
+
+def files() -> list[str]:
+    """The profiles there are."""
     register()
-    return [NONE, *folder_paths.get_filename_list(FOLDER)]
+    return folder_paths.get_filename_list(FOLDER)
 
 
 def load(name: str) -> Profile:
@@ -43,17 +51,59 @@ def load(name: str) -> Profile:
         raise SlipstreamError(f"Cache Loader: {error}; choose another profile, or none, or calibrate again.") from None
 
 
+def fitting(
+    model: str, predictor: str, site: str, sampler: str, sigmas: Sequence[float]
+) -> tuple[str, Profile] | tuple[None, None]:
+    """The profile that `auto` takes for this sampling, with its name; (None, None) where none fits.
+
+    It fits if it was measured on this model (a fingerprint), site and predictor, and over this range of sigmas. Of
+    several, one of the same sampler goes first, then of the same number of steps, then the newest.
+    """
+    found = []
+    for name in files():
+        path = Path(folder_paths.get_full_path(FOLDER, name) or "")
+        try:
+            changed = path.stat().st_mtime_ns
+            profile = _read(path, changed)
+            if (profile.model, profile.predictor, profile.site) != (model, predictor, site):
+                continue
+            profile.keys_for(sigmas)
+        except (OSError, ProfileError):
+            continue  # a damaged file, or another range: not for this run, and the user did not ask for it
+        same = (profile.about.get("sampler") == sampler, profile.steps == len(sigmas) - 1, changed)
+        found.append((same, name, profile))
+    if not found:
+        return None, None
+    _, name, profile = max(found, key=lambda f: (f[0], f[1]))
+    return name, profile
+
+
+@lru_cache(maxsize=64)
+def _read(path: Path, changed: int) -> Profile:
+    """A profile without its further statistics, remembered while its file stays as it is."""
+    return dataclasses.replace(Profile.load(path), extras={})
+
+
+def file_name(name: str) -> str | None:
+    """The file a profile of this name is written to; None for a name with a path, or nothing, in it."""
+    if not re.fullmatch(r"[\w][\w .+-]{0,120}", name):
+        return None
+    return name if name.endswith(".safetensors") else f"{name}.safetensors"
+
+
 def save(name: str, profile: Profile) -> str:
     """Write a profile and return its name in the list. Raises SlipstreamError for a name with a path in it."""
     register()
-    if not re.fullmatch(r"[\w][\w .+-]{0,120}", name):
+    file = file_name(name)
+    if file is None:
         raise SlipstreamError(
             f"Calibrate: '{name}' is no file name; use letters, digits, spaces, dots, dashes and underscores."
         )
-    file = name if name.endswith(".safetensors") else f"{name}.safetensors"
     folder = Path(folder_paths.get_folder_paths(FOLDER)[0])
     folder.mkdir(parents=True, exist_ok=True)
     profile.save(folder / file)
+    # The host lists a folder anew when its time changes, and two changes within one clock tick look like one.
+    folder_paths.filename_list_cache.pop(FOLDER, None)
     return file
 
 

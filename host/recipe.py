@@ -9,6 +9,7 @@ from ..engine.predictors import HERMITE_SCALE, MAX_ORDER, Predictor
 from ..engine.profile import Profile, ProfileError
 from ..engine.schedules import (
     AccumulatedChange,
+    BlockMask,
     ConfidenceGate,
     DriftBudget,
     FirstBlockGate,
@@ -23,7 +24,7 @@ from ..engine.schedules import (
     scaled_keys,
 )
 from .architectures import Architecture
-from .blocks import FEATURES, STACK
+from .blocks import EACH, FEATURES, STACK
 from .plan import KINDS, CacheConfig, Plan, PredictorConfig, check_cache
 from .sampling import Sampler
 from .unet import DEPTH, ENCODER
@@ -47,6 +48,8 @@ DEEPCACHE_INTERVAL = 3
 POWER_GRID_EVERY, POWER_GRID_POWER, POWER_GRID_CENTRE = 5, 1.4, 0.3
 FASTER_DIFFUSION_KEYS, FASTER_DIFFUSION_STEPS = (0, 1, 2, 3, 5, 10, 15, 25, 35), 50
 MAX_SKIP = 6
+
+REUSED_BLOCKS = "blocks are reused, not forecast, so the Taylor Predictor does nothing here"
 
 # In the order of a row's `budgets`.
 PRESET_NAMES = ("Safe", "Balanced", "Fast")
@@ -82,10 +85,16 @@ class Recipe:
         return f"{self.level}, {self.method}{number}, {what}"
 
 
-def level_of(cache: CacheConfig, predictor: PredictorConfig | None, row: Architecture) -> str:
-    """The site that a plan means on this family; inner sites only where the family has them."""
+def level_of(
+    cache: CacheConfig, predictor: PredictorConfig | None, row: Architecture, profile: Profile | None = None
+) -> str:
+    """The site that a plan and its profile mean on this family; a method's inner site only where the family has it."""
     if cache.site != "auto":
         return LEVELS[cache.site]
+    if profile is not None and (profile.blocks is not None or profile.site == EACH):
+        return EACH
+    if profile is not None and profile.site in LEVELS.values():
+        return profile.site
     per_token = predictor is not None and predictor.kind == "Per token"
     if row.unet and cache.method in ("power grid", "first-block gate", "confidence gate"):
         return DEPTH
@@ -98,7 +107,7 @@ def level_of(cache: CacheConfig, predictor: PredictorConfig | None, row: Archite
 
 def lacks(level: str, row: Architecture) -> str:
     """Why this family has no such site; empty where it has."""
-    if level in (STACK, FEATURES) and not row.stacks:
+    if level in (STACK, FEATURES, EACH) and not row.stacks:
         return f"the site '{level}' needs a transformer that Slipstream knows, and this is a {row.name}"
     if level in (DEPTH, ENCODER) and not row.unet:
         return f"the site '{level}' needs a U-Net, and this is a {row.name}"
@@ -113,17 +122,16 @@ def resolve(
     weights: tuple[float, ...] = (),
     profile: Profile | None = None,
     model: str = "",
+    blocks: int = 0,
 ) -> Recipe:
     """The recipe of one run. Never raises for a plan that was checked: what cannot be served is refused in words.
 
     sigmas: of the run; weights: of its steps, for the drift budget (`Clock.weights`); profile: the plan's, read; model:
-    the fingerprint of the run's model, where there is a profile to compare it with.
+    the fingerprint of the run's model, where there is a profile to compare it with; blocks: how many it has.
     """
     steps = len(sigmas) - 1
     cache = plan.cache or check_cache(CacheConfig())
-    level = level_of(cache, plan.predictor, row)
-    if profile is not None and cache.site == "auto" and profile.site in LEVELS.values():
-        level = profile.site
+    level = level_of(cache, plan.predictor, row, profile)
     refusal = lacks(level, row)
     predictor, kind, trouble = _predictor(plan.predictor, sampler, level, steps)
     refusal = refusal or trouble
@@ -134,8 +142,10 @@ def resolve(
         method = "key steps" if level == ENCODER else row.method
     schedule, trouble = _schedule(method, cache, level, row, steps, weights)
     if profile is not None:
-        method = "profile"
-        schedule, trouble, remark = _profiled(profile, sigmas, level, predictor, cache, model)
+        method = f"profile {cache.profile.removesuffix('.safetensors')}"
+        schedule, trouble, remark = _profiled(profile, sigmas, level, predictor, cache, model, blocks)
+        if level == EACH and schedule is not None and plan.predictor is not None and plan.predictor.kind != "Reuse":
+            remark = "; ".join(filter(None, (REUSED_BLOCKS, remark)))
     elif trouble and cache.site == "auto":
         remark = f"{trouble}, so the drift budget decides"
         method = "drift budget"
@@ -162,11 +172,18 @@ def described(predictor: Predictor) -> str:
 
 
 def _profiled(
-    profile: Profile, sigmas: tuple[float, ...], level: str, predictor: Predictor, cache: CacheConfig, model: str
+    profile: Profile,
+    sigmas: tuple[float, ...],
+    level: str,
+    predictor: Predictor,
+    cache: CacheConfig,
+    model: str,
+    blocks: int,
 ) -> tuple[Schedule | None, str, str]:
     """(the profile's schedule for this run, why it does not fit, what to know about it)."""
     try:
         keys = profile.keys_for(sigmas)
+        mask = _mask(profile, sigmas, level, blocks)
     except ProfileError as error:
         return None, f"the profile {cache.profile} does not fit, {error}", ""
     if cache.drift_budget <= 0.0:
@@ -179,7 +196,22 @@ def _profiled(
     if profile.predictor and profile.predictor != described(predictor):
         known.append(f"it was solved for another predictor ({profile.predictor})")
     remark = f"profile {cache.profile}: {' and '.join(known)}; calibrate again for the best result" if known else ""
-    return KeySteps(keys, trusted=not known), "", remark
+    return mask or KeySteps(keys, trusted=not known), "", remark
+
+
+def _mask(profile: Profile, sigmas: tuple[float, ...], level: str, blocks: int) -> BlockMask | None:
+    """The profile's table of blocks, a row for every step of this run; None at other sites. Raises ProfileError."""
+    table = profile.blocks
+    if level != EACH:
+        if table is not None:
+            raise ProfileError(f"it skips single blocks, not the {level}; set site to auto")
+        return None
+    if table is None:
+        raise ProfileError("it has no table of blocks; calibrate again")
+    if table.shape[1] != blocks:
+        raise ProfileError(f"its table is for {table.shape[1]} blocks, and this model has {blocks}")
+    rows = table.tolist()
+    return BlockMask(tuple(tuple(rows[i]) for i in profile.rows_for(sigmas)))
 
 
 def _budget(cache: CacheConfig, row: Architecture, predictor: Predictor, sampler: Sampler) -> CacheConfig:
@@ -200,7 +232,7 @@ def _predictor(config: PredictorConfig | None, sampler: Sampler, level: str, ste
     Without a Taylor Predictor, and for samplers that add noise, plain reuse: with fresh noise between steps reuse beat
     every extrapolation tried (research on analytic flows, 8.7).
     """
-    if config is None or sampler.stochastic or config.kind == "Reuse" or config.order == 0:
+    if config is None or sampler.stochastic or level == EACH or config.kind == "Reuse" or config.order == 0:
         return Predictor("reuse", 0), "reuse", ""
     if config.kind == "Residual reuse":
         return Predictor("reuse", 0), "residual reuse", ""

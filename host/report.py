@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import folder_paths
 import torch
 from torch import Tensor
 
+from ..engine.files import write_whole
 from ..engine.metrics import psnr, relative_error, ssim
 from . import events
 from .errors import SlipstreamError
@@ -69,7 +69,8 @@ def verdict(numbers: dict) -> str:
     what = "pictures" if "picture_psnr_db" in numbers else "latents"
     parts = [f"{error:.1f} dB between the two {what}"]
     if run is not None:
-        parts.append(f"{run['computed']} of {run['evaluations']} evaluations computed")
+        worth = run.get("computed_share", run["computed"])
+        parts.append(f"{worth:.4g} of {run['evaluations']} evaluations computed")
     if numbers["speed_up"] is not None:
         parts.append(f"{numbers['speed_up']:.2f} times as fast")
     ending = "hard to tell apart" if error >= 40 else "small differences" if error >= 30 else "visibly different"
@@ -102,22 +103,13 @@ def _save(numbers: dict, pictures, text: str, prefix: str) -> tuple[Tensor, str,
     folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(prefix, folder_paths.get_output_directory())
     stem = f"{name}_{counter:05}_"
     card = draw(numbers, pictures)
-    write(Path(folder, stem + ".png"), card)
-    write(Path(folder, stem + ".json"), text.encode())
-    return _as_image(card), text, Saved(stem + ".png", subfolder)
+    write_whole(Path(folder, stem + ".png"), card)
+    write_whole(Path(folder, stem + ".json"), text.encode())
+    return as_image(card), text, Saved(stem + ".png", subfolder)
 
 
-def write(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all: under a temporary name first, then renamed."""
-    temporary = path.with_name(path.name + ".part")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _as_image(png: bytes) -> Tensor:
+def as_image(png: bytes) -> Tensor:
+    """A PNG file's content as the host's IMAGE, [1, H, W, 3] in [0, 1]."""
     import numpy as np
     from PIL import Image
 

@@ -9,10 +9,11 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
+import torch
 from torch import Tensor
 
 from ..engine.calibration import Recorder
-from ..engine.history import History
+from ..engine.history import History, Storage
 from ..engine.metrics import worst_relative_l1
 from ..engine.predictors import SAME_TIME, Predictor
 from ..engine.profile import Profile
@@ -20,6 +21,7 @@ from ..engine.schedules import Drift, Interval, KeySteps, Magnitude, Probe, Trac
 from ..engine.token_select import candidates, choose, combine
 from . import events
 from .architectures import UNKNOWN, Architecture
+from .blocks import EACH, STACK
 from .calls import Parts
 from .memory import Memory
 from .plan import Plan
@@ -30,22 +32,31 @@ from .sampling import Clock, Sampler, active_conditioning
 NEVER_SKIP_STEPS = 4
 ONE_SKIP_STEPS = 8
 
+# A drift that differs from a profile's by more than this factor is told.
+FAR_OFF = 2.0
+
 StreamKey = tuple
 
 
 @dataclass(slots=True)
 class Evaluation:
-    """One (sigma, x) pair that the sampler asks for, and what became of it."""
+    """One (sigma, x) pair that the sampler asks for, and what became of it.
+
+    action: computed, forecast or reused; share: of the network's work that was done, 1 where it was computed, 0 where
+    it was filled, and between where some of its blocks ran; drift: measured where computed, and there avoided, else
+    estimated from the next measurement.
+    """
 
     index: int
     u: float
     sigma: float
     fill: bool
     reason: str
-    action: str = ""  # computed | forecast | reused
+    action: str = ""
     order: int = 0
-    drift: float | None = None  # computed: measured, and avoided; filled: estimated from the next measurement
+    drift: float | None = None
     seconds: float = 0.0
+    share: float = 1.0
 
 
 class Run:
@@ -68,14 +79,16 @@ class Run:
         profile: Profile | None = None,
         model: str = "",
         recorder: Recorder | None = None,
+        blocks: int = 0,
     ):
         self.plan = plan
         self.clock = clock
         self.sampler = sampler
         # A flow model's schedule already spends its steps where they count; a noise prediction's error is weighted.
         weights = clock.weights() if noise_prediction else ()
-        self.recipe = resolve(plan, sampler, row, clock.sigmas, weights, profile, model)
+        self.recipe = resolve(plan, sampler, row, clock.sigmas, weights, profile, model, blocks)
         self.recorder = recorder
+        self.expected_drift = profile.about.get("predicted_drift") if profile is not None else None
         self.cache = self.recipe.cache
         self.percent_to_sigma = percent_to_sigma
         self.timestep_of = timestep_of
@@ -96,6 +109,7 @@ class Run:
         self.trace = Trace(clock.steps)
         self.streams: dict[StreamKey, History] = {}
         self.probes: dict[StreamKey, History] = {}
+        self._places: dict[StreamKey, Storage] = {}  # where the residuals of a stream's blocks lie
         self.evaluations: list[Evaluation] = []
         self.current: Evaluation | None = None
         self.peak_bytes = 0
@@ -107,6 +121,7 @@ class Run:
         self._drifts: list[tuple[Tensor, int, float]] = []
         self._changes: list[Tensor] = []
         self._orders: list[int] = []
+        self._ran = self._reused = 0  # blocks, over all calls of the evaluation
         self._kept = False
         self._gated = False
         self._reshaped = False
@@ -139,6 +154,7 @@ class Run:
         """Drop every snapshot and what was planned for them."""
         self.streams.clear()
         self.probes.clear()
+        self._places.clear()
         self.memory.planned = 0
 
     # -- one evaluation ------------------------------------------------------------------------------------------
@@ -146,7 +162,8 @@ class Run:
     @property
     def needs_input(self) -> bool:
         """Whether `begin` has to be given the network's input."""
-        return self.schedule is not None and self.schedule.needs_input_change
+        recorded = self.recorder is not None and self.recorder.moments
+        return recorded or (self.schedule is not None and self.schedule.needs_input_change)
 
     def begin(self, sigma: float, x: Tensor | None = None) -> None:
         """Open the evaluation at sigma and decide whether it may be filled. x is what the network will see."""
@@ -164,6 +181,7 @@ class Run:
         self._drifts.clear()
         self._changes.clear()
         self._orders.clear()
+        self._ran = self._reused = 0
         self._kept = self._gated = self._reshaped = False
         self._evaluation_started = time.perf_counter()
 
@@ -201,7 +219,7 @@ class Run:
             self._active[batch] = active
             self.trace = Trace(self.clock.steps)
             self._forget()
-            if not self._orders:
+            if not self._orders and not self._reused:
                 self.current.fill, self.current.reason = False, "the active conditioning changed"
 
     def abandon(self) -> None:
@@ -212,15 +230,19 @@ class Run:
         """Close the evaluation: one look at the measured numbers, one event."""
         now, self.current = self.current, None
         now.seconds = time.perf_counter() - self._evaluation_started
-        filled = bool(self._orders) and now.action != "computed"
+        filled = (bool(self._orders) or self._reused > 0) and now.action != "computed"
         if filled:
-            now.order = max(self._orders)
+            now.order = max(self._orders, default=0)
+            now.share = self._ran / (self._ran + self._reused) if self._reused else 0.0
             now.action = "forecast" if now.order else "reused"
         else:
             now.fill, now.action = False, "computed"
             self._learn(now)
             if not self._kept and not self.note:
-                self.refuse(f"the {self.level or 'model'} was not reached; another pack may have replaced it")
+                what = STACK if self.level == EACH else self.level or "model"
+                self.refuse(f"the {what} was not reached; another pack may have replaced it")
+        histories = (*self.streams.values(), *self.probes.values())
+        self.peak_bytes = max(self.peak_bytes, sum(h.nbytes for h in histories))
         self.evaluations.append(now)
         events.evaluation(self, now)
 
@@ -247,8 +269,6 @@ class Run:
         kept = [t for t in trace.times if abs(t - now.u) >= SAME_TIME]
         trace.computed += len(kept) == len(trace.times)  # samplers like heun come to one time twice
         trace.times = [*kept, now.u][-self.predictor.anchors :]
-        histories = (*self.streams.values(), *self.probes.values())
-        self.peak_bytes = max(self.peak_bytes, sum(h.nbytes for h in histories))
 
     def _estimate_filled(self, measured: Drift) -> None:
         """Give the evaluations filled since the last computed one their share of the drift measured after them."""
@@ -363,7 +383,7 @@ class Run:
         self._kept = True
         if self.recorder is not None:
             for key, parts in zip(keys, chunks, strict=True):
-                self.recorder.push(now.u, key, parts)
+                self.recorder.push(now.u, key, parts, self._x)
         if self.schedule is None or self.note:
             return
         with self._lock:
@@ -398,15 +418,60 @@ class Run:
         probed = probe is not None and self.probe in (Probe.RESIDUAL, Probe.FORECAST)
         if probed:
             size += _bytes(probe) * self._probe_anchors
-        storage = self.memory.place(size, parts[0].device)
+        storage = self._room(size, parts[0].device)
         if storage is None:
-            limit = self.memory.limit(parts[0].device) / 1e6
-            self.refuse(f"the cache needs {size / 1e6:.1f} MB per prompt, more than the budget of {limit:.1f} MB")
             return None
         self.streams[key] = History(self.predictor.anchors, storage)
         if probed:
             self.probes[key] = History(self._probe_anchors, storage)
         return self.streams[key]
+
+    def _room(self, size: int, device: torch.device) -> Storage | None:
+        """Where `size` bytes of a prompt go; None, and nothing more is skipped, where the budget has no room."""
+        storage = self.memory.place(size, device)
+        if storage is None:
+            limit = self.memory.limit(device) / 1e6
+            self.refuse(f"the cache needs {size / 1e6:.1f} MB per prompt, more than the budget of {limit:.1f} MB")
+        return storage
+
+    # -- one block within a call ---------------------------------------------------------------------------------
+
+    def residuals(self, keys: list[StreamKey], block: int) -> list[Parts] | None:
+        """What this block added to these streams when it last ran, to be read only; None where it has to run."""
+        step = self.schedule.step(self.current.u)
+        if not self.current.fill or self.schedule.computes(step, block):
+            return None
+        found = [self.streams.get((*key, block)) for key in keys]
+        return [history.last for history in found] if all(found) else None
+
+    def keeps(self, block: int) -> bool:
+        """Whether what this block adds now is reused at the next step."""
+        return self.schedule.keeps(self.schedule.step(self.current.u), block)
+
+    def keep_block(self, keys: list[StreamKey], block: int, chunks: list[Parts] | None) -> None:
+        """Store what this block has added, handed over; None drops what it added before, which is out of date.
+
+        Room is found once per stream, for all blocks that the table ever reuses.
+        """
+        with self._lock:
+            for i, key in enumerate(keys):
+                name = (*key, block)
+                if chunks is None:
+                    self.streams.pop(name, None)
+                    continue
+                if key not in self._places:
+                    storage = self._room(_bytes(chunks[i]) * self.schedule.reused, chunks[i][0].device)
+                    if storage is None:
+                        return
+                    self._places[key] = storage
+                self.streams.setdefault(name, History(1, self._places[key])).push(self.current.u, chunks[i], owned=True)
+
+    def count_block(self, ran: bool) -> None:
+        """Count a block of this evaluation as run or reused."""
+        self._kept = True
+        with self._lock:
+            self._ran += ran
+            self._reused += not ran
 
     # -- looking ahead -------------------------------------------------------------------------------------------
 
@@ -438,6 +503,17 @@ class Run:
             reason = f"no evaluation was within the {self.recipe.method}"
         return f"nothing was skipped: {reason}"
 
+    def _unexpected(self, drifts: list[float]) -> str:
+        """How far the drift is from what the profile expected, where they differ by more than a factor of two."""
+        expected = self.expected_drift
+        if not drifts or not isinstance(expected, int | float) or not expected > 0:
+            return ""
+        factor = sum(drifts) / len(drifts) / expected
+        if 1 / FAR_OFF <= factor <= FAR_OFF:
+            return ""
+        what = f"{factor:.1f} times what the profile expects ({100 * expected:.1f} %)"
+        return f"the drift is {what}; calibrate with a prompt like this"
+
     # -- the end -------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
@@ -466,6 +542,7 @@ class Run:
             "steps": self.clock.steps,
             "evaluations": len(self.evaluations),
             "computed": len(computed),
+            "computed_share": sum(e.share for e in self.evaluations),
             "filled": len(filled),
             "seconds": time.perf_counter() - self._started,
             "seconds_saved": saved,
@@ -476,7 +553,7 @@ class Run:
             "site": self.level,
             "family": self.recipe.family,
             "chose": "" if self.note else self.recipe.chose,
-            "remark": self.recipe.remark,
+            "remark": ", ".join(r for r in (self.recipe.remark, self._unexpected(drifts)) if r),
             "note": self.note or ("" if filled else self._why_none()),
             "plan": self.plan.as_json(),
             "trace": [asdict(e) for e in self.evaluations],

@@ -18,7 +18,8 @@ from torch import Tensor
 from ..engine.history import parts_of
 from ..engine.schedules import Probe
 from .architectures import architecture_of
-from .blocks import BlockCall, BlockSite
+from .block_mask import EachSite
+from .blocks import EACH, BlockCall, BlockSite
 from .calls import CURRENT, split
 from .recipe import MODEL_OUTPUT
 from .unet import DEPTH, ENCODER, EncoderCall, UNetSite, decode_ahead, inject_prior_noise, own_control
@@ -57,7 +58,8 @@ def _inner_site(run, network) -> BlockSite | UNetSite:
     recipe = run.recipe
     if recipe.level in (DEPTH, ENCODER):
         return UNetSite(run, network, recipe.first, recipe.level)
-    return BlockSite(run, network, architecture_of(network), recipe.first, recipe.level)
+    kind = EachSite if recipe.level == EACH else BlockSite
+    return kind(run, network, architecture_of(network), recipe.first, recipe.level)
 
 
 @contextmanager
@@ -101,6 +103,11 @@ def _evaluation(run, executor, args, kwargs):
         run.abandon()
         raise
     run.end()
+    if run.recorder is not None and torch.is_tensor(x):
+        disturbance = run.recorder.disturbance(x, float(sigma.reshape(-1)[0]), result)
+        if disturbance is not None:
+            # the run's evaluation is closed, so this one is nobody's snapshot
+            run.recorder.grown(disturbance, executor(x + disturbance, *args[1:], **kwargs) - result)
     return result
 
 

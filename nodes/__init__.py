@@ -22,6 +22,10 @@ class SlipstreamExtension(ComfyExtension):
     """What the host asks for the list of nodes."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        try:
+            importlib.import_module("..host.sharing", __name__).register()
+        except Exception:
+            log.exception("Slipstream: profiles are not embedded in workflows on this host")
         nodes = []
         for module, name in NODES.items():
             try:

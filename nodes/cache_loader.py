@@ -175,10 +175,11 @@ class CacheLoader(io.ComfyNode):
                     "profile",
                     optional=True,
                     options=profiles.names(),
-                    default=profiles.NONE,
+                    default=profiles.AUTO,
                     tooltip=(
                         "A file that Calibrate wrote: its steps are computed, in the place of preset and method "
-                        "(preset Off still computes all). none: the preset decides."
+                        "(preset Off still computes all). auto: one that fits this model, if there is one; Safe and "
+                        "Fast take the points of its frontier with half and twice the error. none: the preset decides."
                     ),
                 ),
             ],

@@ -1,13 +1,16 @@
-"""Calibrate: one full run of the user's own sampling gives the schedule for it, as a small profile file."""
+"""Calibrate: full runs of the user's own sampling give the schedule for it, as a small profile file."""
 
 from __future__ import annotations
 
 import latent_preview
+import torch
 from comfy_api.latest import io, ui
 
-from ..host.calibrate import calibrate, summary
+from ..host.calibrate import CHOICES, GOALS, Job, Wish, calibrate, summary
 from ..host.events import show
+from ..host.frontier import draw
 from ..host.profiles import save
+from ..host.report import as_image
 from .schema import schema, widget
 
 
@@ -18,11 +21,11 @@ class Calibrate(io.ComfyNode):
             node_id="SlipstreamCalibrate",
             display_name="Calibrate",
             description=(
-                "Samples once in full and solves which steps to compute for this model, sampler, steps and cfg. "
+                "Samples in full and solves which steps to compute for this model, sampler, steps and cfg. "
                 "Writes a small profile; choose it in a Cache Loader and sample as usual. Connect the MODEL after a "
                 "Taylor Predictor, so that the schedule is solved for it."
             ),
-            search_aliases=["profile", "schedule", "cachequant", "tune", "cache"],
+            search_aliases=["profile", "schedule", "cachequant", "ertacache", "magcache", "ecad", "tune", "cache"],
             is_output_node=True,
             inputs=[
                 io.Model.Input("model", tooltip="As you sample it, with LoRAs and a Taylor Predictor if you use one."),
@@ -41,29 +44,83 @@ class Calibrate(io.ComfyNode):
                 ),
                 widget(
                     io.Int.Input, "calibration_seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF,
-                    tooltip="Of the calibration run's noise. Any number does; try another if a result looks off.",
+                    tooltip="Of the first full run's noise; each further run takes the next. Any number does.",
                 ),
                 widget(
                     io.String.Input, "name", default="my_profile",
                     tooltip="File name in models/slipstream_profiles. An older profile of this name is replaced.",
                 ),
+                widget(
+                    io.Combo.Input, "goal", optional=True, options=list(GOALS), default=GOALS[0],
+                    tooltip="speed-up: as many steps as speed_up says. max drift: as few as keep within max_drift.",
+                ),
+                widget(
+                    io.Float.Input, "max_drift", optional=True, default=0.05, min=0.001, max=1.0, step=0.005,
+                    tooltip="With the goal max drift: how far a skipped output may be off on average. 0.05 is careful.",
+                ),
+                widget(
+                    io.Int.Input, "runs", optional=True, default=1, min=1, max=16,
+                    tooltip="Full runs, each with its own seed, over the prompts in turn. 1 is quick, 4 is safer.",
+                ),
+                widget(
+                    io.Int.Input, "check", optional=True, default=4, min=0, max=8,
+                    tooltip=(
+                        "So many of the best schedules are really sampled, and the nearest to the full run wins. Each "
+                        "costs one accelerated run. 0 trusts the expected error."
+                    ),
+                ),
+                widget(
+                    io.Combo.Input, "schedule", optional=True, options=list(CHOICES), default=CHOICES[0], advanced=True,
+                    tooltip=(
+                        "best: all are solved and the best is taken. The others are single methods, for comparison. "
+                        "ECAD searches which blocks to compute, by many samplings; it needs pymoo and two runs. "
+                        "With the step coefficient, sample with the sigmas that this node gives."
+                    ),
+                ),
+                io.Conditioning.Input("positive_2", optional=True, tooltip="A second prompt; set runs to 2 or more."),
+                io.Conditioning.Input("positive_3", optional=True, tooltip="A third prompt; set runs to 3 or more."),
+                io.Conditioning.Input("positive_4", optional=True, tooltip="A fourth prompt; set runs to 4 or more."),
+                widget(
+                    io.Boolean.Input, "correction_statistics", optional=True, default=False, advanced=True,
+                    tooltip="Also keep what an Error Compensator can be fitted from. A few hundred kB more.",
+                ),
+                widget(
+                    io.Boolean.Input, "activation_statistics", optional=True, default=False, advanced=True,
+                    tooltip="Also keep the ranges of every layer's input, for quantisation. A few MB more.",
+                ),
+                widget(
+                    io.Int.Input, "ecad_runs", optional=True, default=200, min=20, max=20_000, advanced=True,
+                    tooltip="With the schedule ECAD: samplings that its search may make. 60 is a try, 400 thorough.",
+                ),
             ],
             outputs=[
                 io.String.Output(display_name="profile"),
                 io.String.Output(display_name="summary"),
+                io.Image.Output(display_name="frontier"),
+                io.Sigmas.Output(display_name="sigmas", tooltip="As given, but for ERTACache's step coefficient."),
             ],
             hidden=[io.Hidden.unique_id],
         )  # fmt: skip
 
     @classmethod
     def execute(
-        cls, model, positive, negative, cfg, sampler, sigmas, latent_image, speed_up, calibration_seed, name
-    ) -> io.NodeOutput:
-        callback = latent_preview.prepare_callback(model, len(sigmas) - 1)
-        profile = calibrate(
-            model, positive, negative, cfg, sampler, sigmas, latent_image, calibration_seed, speed_up, callback
-        )
-        text = summary(profile)
+        cls, model, positive, negative, cfg, sampler, sigmas, latent_image, speed_up, calibration_seed, name,
+        goal=GOALS[0], max_drift=0.05, runs=1, check=4, schedule=CHOICES[0], positive_2=None, positive_3=None,
+        positive_4=None, correction_statistics=False, activation_statistics=False, ecad_runs=200,
+    ) -> io.NodeOutput:  # fmt: skip
+        prompts = [p for p in (positive, positive_2, positive_3, positive_4) if p is not None]
+        each = tuple((prompts[i % len(prompts)], calibration_seed + i) for i in range(runs))
+        job = Job(model, each, negative, cfg, sampler, sigmas, latent_image)
+        wish = Wish(goal, speed_up, max_drift, schedule, check, correction_statistics, activation_statistics, ecad_runs)
+        node = str(cls.hidden.unique_id or "")
+
+        def progress(sentence: str):
+            show(node, sentence)
+            return latent_preview.prepare_callback(model, len(sigmas) - 1)
+
+        profile = calibrate(job, wish, progress)
+        text, picture = summary(profile), as_image(draw(profile))
         written = save(name, profile)
-        show(str(cls.hidden.unique_id or ""), f"{written}\n{text}")
-        return io.NodeOutput(written, text, ui=ui.PreviewText(text))
+        show(node, f"{written}\n{text}")
+        shown = {**ui.PreviewText(text).as_dict(), **ui.PreviewImage(picture, cls=cls).as_dict()}
+        return io.NodeOutput(written, text, picture, torch.tensor(profile.sigmas), ui=shown)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import comfy.controlnet
 import comfy.hooks
 import comfy.model_management
 import comfy.samplers
@@ -10,7 +9,7 @@ import node_helpers
 import pytest
 import torch
 from lab import relative
-from scenes import SITES, Site, guided, repeated, scheduled
+from scenes import SITES, Site, controlled, guided, repeated, scheduled
 from slipstream.demo import emoji
 
 EVERYWHERE = [
@@ -130,49 +129,6 @@ def test_h27_a_negative_of_another_length(lab, site):
     assert lab.report(model)["filled"] >= 8
     assert relative(result, lab.sample(getattr(lab, site.model), negative=long, cfg=3.0)) < 0.2
     assert torch.equal(lab.sample(model, negative=long, cfg=3.0), result)
-
-
-class Residuals(comfy.controlnet.ControlBase):
-    """A ControlNet whose residuals are fixed random tensors of the shapes a recorded network asks for."""
-
-    def __init__(self, shapes: dict[str, list[tuple[int, ...]]]):
-        super().__init__()
-        self.shapes = shapes
-        self.calls = 0
-
-    def get_control(self, x_noisy, t, cond, batched_number, *args):
-        start, end = self.timestep_range
-        if not start >= t[0] >= end:
-            return None
-        self.calls += 1
-        generator = torch.Generator().manual_seed(7)
-        rows = x_noisy.shape[0]
-        return {
-            part: [0.05 * torch.randn(1, *shape, generator=generator).expand(rows, *shape).clone() for shape in shapes]
-            for part, shapes in self.shapes.items()
-        }
-
-    def copy(self):
-        copied = Residuals(self.shapes)
-        self.copy_to(copied)
-        return copied
-
-    def get_models(self):
-        return []
-
-
-def controlled(model, start=0.0, end=1.0):
-    """Conditioning with a ControlNet for the tiny Flux (tokens) or the tiny U-Net (feature maps of its skips)."""
-    if model == "flux":
-        shapes = {"input": [(64, 256)] * 2, "output": [(64, 256)] * 3}
-    else:
-        maps = [(32, 16, 16), (32, 16, 16), (32, 8, 8), (64, 8, 8)]  # popped from the end, one per output block
-        shapes = {"output": maps, "middle": [(64, 8, 8)]}
-    control = Residuals(shapes)
-    control.set_cond_hint(torch.zeros(1, 3, 64, 64), 1.0, (start, end))
-    return node_helpers.conditioning_set_values(
-        emoji.conditioning("hamburger"), {"control": control, "control_apply_to_uncond": True}
-    )
 
 
 CONTROLLED = [s for s in EVERYWHERE if s.model in ("flux", "unet")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import io
 import json
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load, save_file
+from slipstream.engine.profile import Profile
 
 from demo import workflow
 from demo.client import Client, PromptRefused
@@ -69,9 +71,9 @@ def test_the_nodes_are_really_registered(server):
     assert len(info["SlipstreamTaylorPredictor"]["input"]["required"]) == 3
 
 
-def test_calibrate_and_its_profile_on_the_real_server(server):
-    """From the full run to a picture that follows the profile, as two queued prompts."""
-    graph = {
+def calibration(name):
+    """A graph that calibrates the small Flux for 16 euler steps."""
+    return {
         "1": {
             "class_type": "UNETLoader",
             "inputs": {"unet_name": "tiny_flux_emoji.safetensors", "weight_dtype": "default"},
@@ -89,10 +91,15 @@ def test_calibrate_and_its_profile_on_the_real_server(server):
             "inputs": {
                 "model": ["3", 0], "positive": ["2", 0], "negative": ["2", 0], "cfg": 1.0, "sampler": ["4", 0],
                 "sigmas": ["5", 0], "latent_image": ["6", 0], "speed_up": 2.0, "calibration_seed": 3,
-                "name": "server test",
+                "name": name,
             },
         },
     }  # fmt: skip
+
+
+def test_calibrate_and_its_profile_on_the_real_server(server):
+    """From the full run to a picture that follows the profile, as two queued prompts."""
+    graph = calibration("server test")
     written = run(server, graph)
     assert "server test.safetensors\ncomputes 8 of 16 steps of euler" in written.texts["7"]
     assert "3" not in written.texts  # the calibration run leaves no text on the nodes before it
@@ -278,3 +285,52 @@ def test_help_pages_and_templates_are_served(server):
     page, templates = talk(server, conversation)
     assert page.startswith("# Cache Loader")
     assert set(templates["ComfyUI-Slipstream"]) == {Path(p).stem for p in WORKFLOWS}
+
+
+def test_a_picture_brings_the_profile_it_was_made_with(server, tmp_path):
+    """Calibrate, sample, save the picture, delete the profile, and queue the workflow from the picture's metadata."""
+    name = f"picture test {tmp_path.name}.safetensors"
+    file = ROOT / ".dev" / "base" / "models" / "slipstream_profiles" / name
+    graph = json.loads((ROOT / "workflows" / "slipstream_demo.json").read_text())
+    next(n for n in graph["nodes"] if n["type"] == "SlipstreamCacheLoader")["widgets_values"][12] = name
+    next(n for n in graph["nodes"] if n["type"] == "SlipstreamTaylorPredictor")["widgets_values"][1] = 1
+
+    async def queue(client, info, graph, **sampler):
+        (tmp_path / "workflow.json").write_text(json.dumps(graph))
+        prompt = workflow.change(workflow.load(tmp_path / "workflow.json", info), "KSampler", **sampler)
+        result = await client.run(prompt, extra_pnginfo={"workflow": graph})
+        steps = [data["step"] for kind, data in result.events if kind == "slipstream.evaluation"
+                 and data["action"] == "computed"]  # fmt: skip
+        (image,) = (item for output in result.outputs.values() for item in output.get("images", []))
+        metadata = Image.open(io.BytesIO(await client.file(image))).text
+        return steps, json.loads(metadata["workflow"]), json.loads(metadata["prompt"])
+
+    async def conversation(client, info):
+        await client.run(calibration(name))
+        whole = file.read_bytes()
+        steps, saved, _ = await queue(client, info, graph, steps=16, seed=41)
+        assert steps == list(Profile.load(file).keys) and list(saved["extra"]["slipstream_profiles"]) == [name]
+        listed = json.loads(await client.get(f"/api/slipstream/profiles/{name}"))
+        assert listed == {"name": name, "data": saved["extra"]["slipstream_profiles"][name]}
+        file.unlink()
+        again, brought, _ = await queue(client, info, saved, steps=16, seed=42)
+        assert again == steps and brought == saved and file.read_bytes() == whole
+        # the name now stands for another model's profile
+        other = dataclasses.replace(Profile.load(file), model="other", keys=(0, 15))
+        other.save(file)
+        renamed, brought, prompt = await queue(client, info, saved, steps=16, seed=43)
+        own = prompt[workflow.first(prompt, "SlipstreamCacheLoader")]["inputs"]["profile"]
+        assert renamed == steps and brought == saved and own != name and file.read_bytes() == other.to_bytes()
+        assert file.with_name(own).read_bytes() == whole
+        for written in (file, file.with_name(own)):
+            written.unlink()
+        saved["extra"] = {"slipstream_profiles": {name: "damaged"}}
+        with pytest.raises(PromptRefused) as refused:
+            await queue(client, info, saved, steps=16, seed=44)
+        assert name in str(refused.value) and not file.exists()
+
+    try:
+        talk(server, conversation)
+    finally:
+        for left in file.parent.glob(f"picture test {tmp_path.name}*"):
+            left.unlink()

@@ -53,6 +53,18 @@ def test_key_steps_for_other_schedules_keep_their_time():
         profile.keys_for([14.6, 3.0, 0.0])
 
 
+def test_rows_for_other_schedules_are_the_nearest_in_time():
+    profile = example()
+    assert profile.rows_for(profile.sigmas) == list(range(10))
+    assert profile.rows_for([1.0 - i / 20 for i in range(21)])[::2] == list(range(10))
+    assert profile.rows_for([1.0 - i / 5 for i in range(6)]) == [0, 2, 4, 6, 8]
+    assert profile.rows_for([0.5 - i / 20 for i in range(11)])[::2] == [5, 6, 7, 8, 9]
+    with pytest.raises(ProfileError, match="measured for sigmas from 1 to 0"):
+        profile.rows_for([14.6, 3.0, 0.0])
+    with pytest.raises(ProfileError, match="empty schedule"):
+        profile.rows_for([1.0])
+
+
 def damaged(tmp_path, name: str):
     """Files that are not profiles, each in its own way."""
     path = tmp_path / "p.safetensors"
@@ -81,6 +93,7 @@ def damaged(tmp_path, name: str):
         "nan": lambda: rewrite({**matrices, "gram": gram * float("nan")}),
         "no size": lambda: rewrite({"gram": gram, "distance": gram.clone()}),
         "wild mask": lambda: rewrite({**matrices, "blocks": torch.full((10, 3), 7, dtype=torch.uint8)}),
+        "empty mask": lambda: rewrite({**matrices, "blocks": torch.zeros(10, 0, dtype=torch.uint8)}),
         "frontier": lambda: rewrite(frontier=[{"keys": [0, 99], "schedule": "even", "drift": 0.1, "error": 0.1}]),
         "frontier words": lambda: rewrite(frontier=[{"keys": [0], "schedule": 1, "drift": "x", "error": 0.1}]),
         "keys": lambda: rewrite(keys=[0, 99]),
@@ -96,8 +109,8 @@ def damaged(tmp_path, name: str):
 @pytest.mark.parametrize(
     "name",
     ["empty", "truncated", "huge header", "text", "pickle", "foreign", "no json", "list", "version", "dtype", "shape",
-     "nan", "no size", "wild mask", "frontier", "frontier words", "keys", "negative key", "fraction", "words",
-     "rising sigmas", "no keys"],
+     "nan", "no size", "wild mask", "empty mask", "frontier", "frontier words", "keys", "negative key", "fraction",
+     "words", "rising sigmas", "no keys"],
 )  # fmt: skip
 def test_h78_a_file_that_is_no_profile_is_refused_in_one_sentence(tmp_path, name):
     path = damaged(tmp_path, name)

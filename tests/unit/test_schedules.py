@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from slipstream.engine.history import History, Storage
 from slipstream.engine.predictors import MAX_ORDER, RULES, Predictor, adams_bashforth, chebyshev, hermite, newton
 from slipstream.engine.schedules import (
+    BlockMask,
     ConfidenceGate,
     Drift,
     DriftBudget,
@@ -163,6 +164,24 @@ def test_the_drift_budget_weighs_steps_by_what_they_do():
     trace = Trace(4, times=[0.0, 1.0], drifts=[Drift(1.0, 0.1, 0, 1.0)])
     assert not DriftBudget(0.09).skip(trace, 2.0, 0)
     assert DriftBudget(0.09, (1.0, 1.0, 0.5, 1.0)).skip(trace, 2.0, 0)
+
+
+def test_a_block_mask_computes_what_its_table_names():
+    """Its first and last step whole, and an evaluation between two steps by the row of the earlier one."""
+    mask = BlockMask(((0, 0, 0), (1, 0, 1), (0, 0, 1), (1, 1, 1), (0, 0, 0)))
+    ran = [[mask.computes(mask.step(u), b) for b in range(3)] for u in (0.0, 0.9, 1.0, 1.5, 2.0, 4.0, 9.0)]
+    assert ran == [[True] * 3] * 2 + [[True, False, True]] * 2 + [[False, False, True]] + [[True] * 3] * 2
+    trace = Trace(5, times=[0.0])
+    assert [mask.skip(trace, float(u), 0) for u in range(5)] == [False, True, True, False, False]
+    assert mask.step(2.0 - 1e-12) == 2 and mask.blocks == 3
+
+
+def test_a_block_mask_keeps_only_what_the_next_step_reuses():
+    mask = BlockMask(((1, 1, 1), (1, 0, 1), (0, 0, 1), (1, 1, 1), (0, 0, 0)))
+    assert [[mask.keeps(step, b) for b in range(3)] for step in range(5)] == [
+        [False, True, False], [True, True, False], [False] * 3, [False] * 3, [False] * 3,
+    ]  # fmt: skip
+    assert mask.reused == 2
 
 
 # -- per token -----------------------------------------------------------------------------------------------------

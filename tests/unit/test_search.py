@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -11,11 +12,22 @@ from hypothesis import strategies as st
 from slipstream.engine.history import History
 from slipstream.engine.predictors import Predictor
 from slipstream.engine.search import (
+    SCHEDULES,
+    STRETCH,
+    Search,
+    adjusted_sigmas,
     brute_force,
+    by_threshold,
     cachequant,
-    error_gains,
+    drift_walk,
+    error_effects,
+    ertacache_walk,
     forecast_aware,
+    gaussian_jacobians,
+    interpolated,
+    magnitude_ratios,
     predicted_error,
+    step_coefficients,
     uniform,
 )
 from slipstream.engine.statistics import Statistics
@@ -100,7 +112,7 @@ def test_a_schedule_that_knows_its_predictor_beats_even_spacing():
 
 
 @pytest.mark.parametrize("flow", [True, False])
-def test_error_gains_are_those_of_a_simulated_run(flow):
+def test_error_effects_are_those_of_a_simulated_run(flow):
     """An error at one step of an Euler run on Gaussian data, against the same run without it."""
     sigmas = [1.0, 0.8, 0.5, 0.2, 0.0] if flow else [8.0, 4.0, 1.5, 0.4, 0.0]
     variance = 0.6
@@ -116,8 +128,8 @@ def test_error_gains_are_those_of_a_simulated_run(flow):
         return x
 
     plain = run(None)
-    for step, gain in enumerate(error_gains(sigmas, variance, flow)):
-        assert ((run(step) - plain) / 1e-3) ** 2 == pytest.approx(gain, rel=1e-5)
+    for step, effect in enumerate(error_effects(sigmas, gaussian_jacobians(sigmas, variance, flow))):
+        assert (run(step) - plain) / 1e-3 == pytest.approx(effect, rel=1e-5)
 
 
 def test_merged_statistics_are_means_over_one_schedule():
@@ -128,3 +140,101 @@ def test_merged_statistics_are_means_over_one_schedule():
         Statistics.merged([one, statistics(7)])
     with pytest.raises(ValueError, match="two 6 x 6 matrices"):
         Statistics(one.times, one.gram[:5], one.distance, one.size)
+
+
+def bent(steps: int = 28) -> Statistics:
+    """A path that hardly moves at first and bends in the middle: even spacing is not the best there."""
+    generator = torch.Generator().manual_seed(5)
+    a, b, c = (torch.randn(64, generator=generator) for _ in range(3))
+    t = torch.linspace(0, 1, steps)
+    return Statistics.of([a + b * torch.sigmoid(14 * (x - 0.5)) + 0.3 * c * x * x for x in t], range(steps))
+
+
+def search(statistics: Statistics, predictor: Predictor = PREDICTORS[1]) -> Search:
+    n = statistics.steps
+    sigmas = [1.0 - i / n for i in range(n + 1)]
+    return Search(statistics, predictor, sigmas, [1.0] * n)
+
+
+@pytest.mark.parametrize("predictor", PREDICTORS, ids=lambda p: f"{p.rule}{p.order}")
+@pytest.mark.parametrize("count", [2, 7, 11, 28])
+def test_every_method_gives_a_schedule_of_the_number_asked_for_and_always_the_same(predictor, count):
+    one, two = search(bent(), predictor), search(bent(), predictor)
+    found = one.candidates(count)
+    assert found == two.candidates(count) and found == sorted(found, key=lambda c: (c.error, c.keys))
+    for candidate in found:
+        keys = candidate.keys
+        assert len(keys) == count and keys[0] == 0 and keys[-1] == 27 and list(keys) == sorted(set(keys))
+        assert candidate.schedule in SCHEDULES and candidate.drift >= 0
+    if count == 28:
+        assert found[0].error == found[0].drift == 0.0
+
+
+def test_the_coherent_schedule_is_expected_to_be_the_best_of_all():
+    one = search(bent())
+    for count in (7, 10, 14):
+        errors = {s: one.result_error(one.keys(s, count)) for s in ("even", "CacheQuant", "forecast-aware", "weighted")}
+        assert one.result_error(one.keys("coherent", count)) <= min(errors.values()) + 1e-12
+        assert one.result_error(one.keys("coherent", count)) < 0.7 * errors["even"]
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 1000), st.floats(0.3, 2.0))
+def test_the_expected_error_is_that_of_a_linear_run(seed, growth):
+    """Errors that all point the same way, in a model whose Jacobian is the measured one: no forgetting, no stretch."""
+    n, generator = 12, torch.Generator().manual_seed(seed)
+    keys = (0, 3, 4, 8, 11)
+    direction = torch.randn(30, generator=generator, dtype=torch.float64)
+    path = [direction * float(v) for v in torch.randn(n, generator=generator, dtype=torch.float64)]
+    sigmas = [1.0 - i / n for i in range(n + 1)]
+    one = Search(Statistics.of(path, range(n)), PREDICTORS[0], sigmas, [growth / STRETCH] * n)
+    one._coherence = torch.ones(n, n, dtype=torch.float64)
+    delta, newest = torch.zeros(30, dtype=torch.float64), path[0]
+    for i in range(n):
+        newest = path[i] if i in keys else newest
+        ratio = sigmas[i + 1] / sigmas[i]
+        delta = (ratio + (1 - ratio) * growth) * delta + (sigmas[i + 1] - sigmas[i]) * (newest - path[i])
+    assert one.result_error(keys) == pytest.approx(delta.square().mean().sqrt().item(), rel=1e-6, abs=1e-9)
+
+
+def test_thresholds_are_those_of_the_published_rules():
+    stats = bent()
+    for threshold in (0.05, 0.2, 0.6):
+        keys, newest = [0], 0
+        for step in range(1, 27):
+            if float(stats.distance[newest, step] / stats.size[step]) >= threshold:
+                keys.append(step)
+                newest = step
+        assert ertacache_walk(stats, threshold) == (*keys, 27)
+    ratios = magnitude_ratios(stats)
+    rows = stats.gram.diagonal().sqrt()
+    assert ratios[0] == 1.0 and ratios[9] == pytest.approx(float(rows[9] / rows[8]))
+    for budget in (0.02, 0.1):
+        keys = drift_walk(stats, PREDICTORS[0], budget)
+        for a, b in itertools.pairwise(keys):
+            errors = [math.sqrt(e) for e in stats.forecast_errors([a], PREDICTORS[0])[: b - a]]
+            assert all(e <= budget for e in errors[:-1]) and (errors[-1] > budget or b == 27)
+    assert (
+        by_threshold(lambda t: ertacache_walk(stats, t), 9) is None
+        or len(by_threshold(lambda t: ertacache_walk(stats, t), 9)) == 9
+    )
+
+
+def test_step_coefficients_shorten_reused_steps_and_keep_both_ends():
+    stats = bent()
+    keys = uniform(28, 10)
+    factors = step_coefficients(stats, keys)
+    assert all(factors[k] == 1.0 for k in keys) and all(0.0 <= f <= 1.0 for f in factors) and min(factors) < 1.0
+    sigmas = [1.0 - i / 28 for i in range(29)]
+    adjusted = adjusted_sigmas(sigmas, factors)
+    assert adjusted[0] == 1.0 and adjusted[-1] == 0.0 and len(adjusted) == 29
+    assert all(a >= b for a, b in itertools.pairwise(adjusted))
+    assert adjusted_sigmas(sigmas, [1.0] * 28) == pytest.approx(sigmas)
+    first = next(i for i, f in enumerate(factors) if f < 1)
+    step = sigmas[first] - sigmas[first + 1]
+    assert adjusted[first] - adjusted[first + 1] == pytest.approx(factors[first] * step)
+
+
+def test_measured_values_are_carried_over_to_all_steps():
+    assert interpolated({2: 1.0, 6: 3.0}, 9) == pytest.approx((1, 1, 1, 1.5, 2, 2.5, 3, 3, 3))
+    assert interpolated({4: 0.7}, 3) == pytest.approx((0.7, 0.7, 0.7))
