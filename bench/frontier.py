@@ -1,6 +1,6 @@
 """PSNR against evaluations for schedules that were solved from calibrated statistics, on prompts they have not seen.
 
-    python dev.py bench frontier [--models flux unet] [--pictures 8] [--runs 6]
+    python dev.py bench frontier [--models flux unet] [--pictures 12] [--runs 8]
 
 Writes bench/out/frontier.json, docs/frontier.md and docs/frontier.png. Calibrated on some prompts and seeds, scored on
 others; every schedule runs through a profile and the Cache Loader, as a user's does. `--models` keeps the rows of the
@@ -10,7 +10,10 @@ models that are left out.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
+import math
+import statistics
 import time
 
 from .boot import ROOT, boot
@@ -24,7 +27,8 @@ STEPS = 28
 COUNTS = (7, 8, 10, 11, 12, 14)
 SCHEDULERS = {"flux": ("simple", "beta"), "unet": ("normal", "karras")}
 PREDICTORS = {"reuse": 0, "Taylor 1": 1, "Newton 2": 2}
-PICK, EXPECTED = "Calibrate", "Calibrate, unchecked"
+PICK, EXPECTED, STEP, ECAD = "Calibrate", "Calibrate, unchecked", "ERTACache + step coefficient", "ECAD"
+ECAD_RUNS = 600
 COLUMNS = (
     "model", "scheduler", "predictor", "name", "evaluations", "psnr_db", "psnr_min_db", "error_pct",
     "expected_error_pct", "drift_pct", "expected_drift_pct",
@@ -49,8 +53,8 @@ best, even spacing among them, the one that is nearest to the full runs of the c
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python dev.py bench frontier")
     parser.add_argument("--models", nargs="*", default=("flux", "unet"))
-    parser.add_argument("--pictures", type=int, default=8)
-    parser.add_argument("--runs", type=int, default=6)
+    parser.add_argument("--pictures", type=int, default=12)
+    parser.add_argument("--runs", type=int, default=8)
     options = parser.parse_args()
     boot()
     rows: list[dict] = []
@@ -64,7 +68,7 @@ def main() -> None:
     save(OUT, rows)
     plot(rows)
     head = HEAD.format(steps=STEPS, pictures=options.pictures, runs=options.runs)
-    short = "\n\n".join([gains_table(rows), agreement(rows), cost_table(rows)])
+    short = "\n\n".join([gains_table(rows), agreement(rows), cost_table(rows), ecad_table(rows)])
     PAGE.write_text(f"{head}{short}\n\n{table(schedules(rows), COLUMNS)}\n")
     print(short)
 
@@ -75,7 +79,8 @@ def measure(name: str, scheduler: str, pictures: int, runs: int) -> list[dict]:
     import torch
     from slipstream.demo import emoji
     from slipstream.engine.metrics import psnr, relative_error
-    from slipstream.engine.search import Search
+    from slipstream.engine.profile import Profile
+    from slipstream.engine.search import Search, adjusted_sigmas, step_coefficients
     from slipstream.host import calibrate as calibration
     from slipstream.host import events
     from slipstream.host.architectures import architecture_of
@@ -96,7 +101,7 @@ def measure(name: str, scheduler: str, pictures: int, runs: int) -> list[dict]:
         each = tuple((emoji.conditioning(p), seed + i) for i, p in enumerate(prompts))
         return calibration.Job(model, each, emoji.conditioning(""), 1.0, sampler, sigmas, latent)
 
-    seen = job(base, emoji.PROMPTS[:runs], 500)
+    seen = job(base, [emoji.PROMPTS[i % len(emoji.PROMPTS)] for i in range(runs)], 500)
     unseen = job(base, [HELD_OUT[i % len(HELD_OUT)] for i in range(pictures)], 4000)
     with torch.inference_mode():
         rows = cost(label, scheduler, seen, calibration)
@@ -114,9 +119,14 @@ def measure(name: str, scheduler: str, pictures: int, runs: int) -> list[dict]:
             errors.append(relative_error(result, final))
             drifts.append(report["drift_mean"])
         return {"evaluations": report["computed"], "psnr_db": mean_db(scores), "psnr_min_db": min(scores),
-                "error_pct": 100 * mean(errors), "drift_pct": 100 * mean(drifts)}  # fmt: skip
+                "error_pct": 100 * mean(errors), "drift_pct": 100 * mean(drifts), "each_db": scores}  # fmt: skip
 
-    from slipstream.engine.profile import Profile
+    def stepped(keys: tuple[int, ...]) -> dict:
+        """ERTACache's schedule sampled with its own lengths of steps."""
+        changed = adjusted_sigmas(values, step_coefficients(recorded.statistics, keys))
+        model = add_cache(base, CacheConfig(node_id="b"))
+        model.set_attachments(PROFILE, Profile(keys, changed, recorded.statistics, "", MODEL_OUTPUT, "reuse 0"))
+        return run(model, dataclasses.replace(unseen, sigmas=torch.tensor(changed)), truth)
 
     for predictor_name, order in PREDICTORS.items():
         planned = base if not order else add_predictor(base, PredictorConfig("Taylor", order))
@@ -146,9 +156,54 @@ def measure(name: str, scheduler: str, pictures: int, runs: int) -> list[dict]:
                 keys = search.keys(schedule, count)
                 if keys is not None:
                     rows.append({"name": schedule, **scored[keys]})
+            erta = search.keys("ERTACache", count)
+            if not order and erta is not None:
+                rows.append({"name": STEP, **common, **stepped(erta)})
             rows.append({"name": EXPECTED, **scored[ranked[0].keys]})
             rows.append({"name": PICK, **scored[max(known, key=known.get)]})
+    if name == "flux" and scheduler == "simple":
+        rows += blocks(label, scheduler, seen, unseen, truth, calibration)
     return rows
+
+
+def blocks(label: str, scheduler: str, seen, unseen, truth, calibration) -> list[dict]:
+    """ECAD's front on single blocks, searched on three runs, scored on the pictures no schedule has seen."""
+    import torch
+    from slipstream.engine.ecad import cost_of, evolve, heuristics
+    from slipstream.engine.metrics import psnr, relative_error
+    from slipstream.engine.profile import BLOCKS, Profile
+    from slipstream.host.architectures import architecture_of
+    from slipstream.host.blocks import EACH, block_sizes
+
+    network = seen.model.get_model_object("diffusion_model")
+    sizes = block_sizes(network, architecture_of(network))
+    few = dataclasses.replace(seen, runs=seen.runs[:3])
+    with torch.inference_mode():
+        recorded = calibration.record(few)
+    values = tuple(float(s) for s in seen.sigmas)
+
+    def results(table, job) -> list:
+        model = calibration._following(
+            job.model, Profile((0,), values, recorded.statistics, "", EACH, "", extras={BLOCKS: table.contiguous()})
+        )
+        with torch.inference_mode():
+            return [job.sample(model, i) for i in range(len(job.runs))]
+
+    def error_of(table) -> float:
+        pairs = zip(results(table, few), recorded.finals, strict=True)
+        return mean(relative_error(value, final) for value, final in pairs)
+
+    found = [(g.blocks, ECAD, 100 * g.error) for g in evolve(error_of, STEPS, sizes, ECAD_RUNS // len(few.runs))]
+    found += [(t, "even, for ECAD", None) for t in heuristics(STEPS, len(sizes), sizes)]
+    rows = []
+    for mask, name, error in found:
+        scores = [psnr(value, final) for value, final in zip(results(mask, unseen), truth, strict=True)]
+        rows.append(
+            {"name": name, "model": label, "scheduler": scheduler, "sampler": "euler", "steps": STEPS,
+             "evaluations": STEPS * cost_of(mask, sizes), "psnr_db": mean_db(scores), "psnr_min_db": min(scores),
+             "calibrated_error_pct": error, "runs": len(truth)}
+        )  # fmt: skip
+    return sorted(rows, key=lambda r: (r["name"], r["evaluations"]))
 
 
 def cost(label: str, scheduler: str, job, calibration) -> list[dict]:
@@ -189,7 +244,18 @@ def cost(label: str, scheduler: str, job, calibration) -> list[dict]:
 
 
 def schedules(rows: list[dict]) -> list[dict]:
-    return [r for r in rows if r["name"] != "cost"]
+    return [r for r in rows if "predictor" in r]
+
+
+def ecad_table(rows: list[dict]) -> str:
+    """ECAD's front and the tables it began with."""
+    chosen = [r for r in rows if ECAD in r["name"]]
+    columns = ("model", "scheduler", "name", "evaluations", "psnr_db", "psnr_min_db", "calibrated_error_pct")
+    head = (
+        f"Single blocks reused: the front that ECAD's search found in {ECAD_RUNS} samplings of three calibration runs, "
+        "and the even tables it began with, on the same unseen pictures; evaluations are the work of blocks that ran."
+    )
+    return f"{head}\n\n{table(chosen, columns)}"
 
 
 def _groups(rows: list[dict]):
@@ -204,7 +270,8 @@ def gains_table(rows: list[dict]) -> str:
     """How far Calibrate's pick is above even spacing and below the best schedule, per model and predictor."""
     lines = [
         "| model | scheduler | predictor | above even at 11 of 28 (dB) | mean over all (dB) "
-        "| below the best, mean (dB) | worst (dB) | unchecked: mean (dB) | below the best, worst (dB) |",
+        "| below the best, mean (dB) | worst (dB), and its standard error | unchecked: above even, mean (dB) "
+        "| below the best, worst (dB) |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     firsts = []
@@ -216,15 +283,23 @@ def gains_table(rows: list[dict]) -> str:
         best = {c: max(r["psnr_db"] for (_, n), r in by.items() if n == c) for c in COUNTS}
         above = {c: psnr(PICK, c) - psnr("even", c) for c in COUNTS}
         below = [best[c] - psnr(PICK, c) for c in COUNTS]
+        worst = COUNTS[below.index(max(below))]
         blind = [best[c] - psnr(EXPECTED, c) for c in COUNTS]
         gain = mean(psnr(EXPECTED, c) - psnr("even", c) for c in COUNTS)
         firsts.append(above[11])
         lines.append(
             f"| {' | '.join(key)} | {above[11]:+.1f} | {mean(above.values()):+.1f} | {mean(below):.1f} "
-            f"| {max(below):.1f} | {gain:+.1f} | {max(blind):.1f} |"
+            f"| {max(below):.1f} +- {_standard_error(by, worst):.1f} | {gain:+.1f} | {max(blind):.1f} |"
         )
     lines.append(f"\nAbove even spacing at 11 of 28 (40 %), mean of all rows: {mean(firsts):+.1f} dB.")
     return "\n".join(lines)
+
+
+def _standard_error(by: dict, count: int) -> float:
+    """Of the mean difference between the best schedule and Calibrate's pick, over the pictures."""
+    best = max((r for (_, n), r in by.items() if n == count), key=lambda r: r["psnr_db"])
+    pairs = zip(best["each_db"], by[PICK, count]["each_db"], strict=True)
+    return math.sqrt(statistics.variance(a - b for a, b in pairs) / best["runs"])
 
 
 def agreement(rows: list[dict]) -> str:
