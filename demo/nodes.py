@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import folder_paths
 from comfy.patcher_extension import WrappersMP
@@ -113,6 +114,10 @@ class DemoExtension(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         folder_paths.add_model_folder_path("diffusion_models", str(emoji.MODELS))
+        # Slipstream writes into the first folder and adds its own only where there is none, so that one is added here.
+        own = [str(Path(folder_paths.models_dir, "slipstream_profiles"))], {".safetensors"}
+        folder_paths.folder_names_and_paths.setdefault("slipstream_profiles", own)
+        folder_paths.add_model_folder_path("slipstream_profiles", str(emoji.MODELS.parent / "profiles"))
         emoji.accept_small_flux()
         emoji.accept_small_unet()
         return [EmojiPrompt, EmojiVAE, CountEvaluations, CopyInput]

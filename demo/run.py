@@ -53,6 +53,10 @@ def host_cache(name: str, **inputs):
     return lambda prompt: workflow.insert(plain(prompt), "KSampler", name, **values)
 
 
+def profiled(name: str):
+    return lambda prompt: workflow.change(prompt, "SlipstreamCacheLoader", profile=name)
+
+
 def input_copied(edit):
     """The same edit with the network's input copied before the cache that it adds."""
     return lambda prompt: edit(workflow.insert(prompt, "KSampler", "SlipstreamDemoCopyInput"))
@@ -67,7 +71,8 @@ METHODS = (
     Method("EasyCache 0.2, its input copied first", input_copied(host_cache("EasyCache", reuse_threshold=0.2))),
     Method("LazyCache 0.2", host_cache("LazyCache", reuse_threshold=0.2)),
     Method("Cache Loader", lambda prompt: workflow.bypass(prompt, "SlipstreamTaylorPredictor")),
-    Method("Cache Loader + Taylor Predictor", lambda prompt: prompt),
+    Method("Cache Loader + Taylor Predictor", profiled("none")),
+    Method("the same with the calibrated profile", profiled("auto")),
 )
 
 

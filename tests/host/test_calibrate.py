@@ -166,7 +166,7 @@ def test_the_schedule_that_wins_was_sampled_and_is_the_nearest(lab, folder):
 
 @pytest.mark.parametrize("name", ["flux", "trained_unet"])
 def test_expected_drift_and_error_are_those_of_another_prompt(lab, folder, name):
-    profile = calibrated(lab, taylor(getattr(lab, name)), runs=3)
+    profile = calibrated(lab, taylor(getattr(lab, name)), runs=3, check=3)
     profiles.save("mine", profile)
     model, drifts, errors = with_profile(getattr(lab, name), "mine.safetensors"), [], []
     for prompt, seed in (("strawberry", 41), ("panda", 42), ("red apple", 43)):

@@ -75,10 +75,10 @@ def test_a_used_profile_is_embedded_and_comes_back_exactly(folder):
     sent = sharing.on_prompt(queued(NAME))
     assert extra(sent) == {sharing.KEY: {NAME: base64.b64encode(whole).decode()}}
     (folder / NAME).unlink()
-    assert profiles.names() == ["none"]
+    assert profiles.files() == []
     again = sharing.on_prompt(json.loads(json.dumps(sent)))
     assert again == sent and (folder / NAME).read_bytes() == whole and files(folder) == [NAME]
-    assert profiles.names() == ["none", NAME]  # so the host's list check finds it in the same request
+    assert profiles.files() == [NAME]  # so the host's list check finds it in the same request
 
 
 def test_what_no_node_uses_is_removed_and_a_bypassed_node_keeps_its_own(folder):
