@@ -25,6 +25,7 @@ OUT = ROOT / "demo" / "out"
 WORKFLOW = ROOT / "workflows" / "slipstream_demo.json"
 MODEL = "tiny_flux_emoji"
 STEPS = 28
+PROFILE = "tiny_flux_emoji simple 28.safetensors"
 
 # How many of the pictures are in the figure; all of them count in the table.
 SHOWN = 4
@@ -72,7 +73,7 @@ METHODS = (
     Method("LazyCache 0.2", host_cache("LazyCache", reuse_threshold=0.2)),
     Method("Cache Loader", lambda prompt: workflow.bypass(prompt, "SlipstreamTaylorPredictor")),
     Method("Cache Loader + Taylor Predictor", profiled("none")),
-    Method("the same with the calibrated profile", profiled("auto")),
+    Method("the same with the calibrated profile", profiled(PROFILE)),
 )
 
 
