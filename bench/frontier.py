@@ -81,8 +81,8 @@ def measure(name: str, scheduler: str, pictures: int, runs: int) -> list[dict]:
     from slipstream.engine.metrics import psnr, relative_error
     from slipstream.engine.profile import Profile
     from slipstream.engine.search import Search, adjusted_sigmas, step_coefficients
-    from slipstream.host import calibrate as calibration
     from slipstream.host import events
+    from slipstream.host import recording as calibration
     from slipstream.host.architectures import architecture_of
     from slipstream.host.patcher import PROFILE, add_cache, add_predictor, plan_of
     from slipstream.host.plan import CacheConfig, PredictorConfig
@@ -107,7 +107,7 @@ def measure(name: str, scheduler: str, pictures: int, runs: int) -> list[dict]:
         rows = cost(label, scheduler, seen, calibration)
         recorded = calibration.record(seen)
         truth = [unseen.sample(base, i) for i in range(pictures)]
-    size = calibration._size(base, recorded.finals)
+    size = calibration.size_of(base, recorded.finals)
 
     def run(model, which, reference) -> dict:
         scores, errors, drifts = [], [], []
@@ -132,7 +132,7 @@ def measure(name: str, scheduler: str, pictures: int, runs: int) -> list[dict]:
         planned = base if not order else add_predictor(base, PredictorConfig("Taylor", order))
         row = architecture_of(base.get_model_object("diffusion_model"))
         predictor = resolve(plan_of(planned), sampler_traits(sampler), row, values).predictor
-        search = Search(recorded.statistics, predictor, values, calibration._growth(seen, recorded))
+        search = Search(recorded.statistics, predictor, values, calibration.growth_of(seen, recorded))
         common = {"model": label, "scheduler": scheduler, "predictor": predictor_name, "sampler": "euler",
                   "steps": STEPS, "runs": pictures}  # fmt: skip
         for count in COUNTS:
@@ -183,7 +183,7 @@ def blocks(label: str, scheduler: str, seen, unseen, truth, calibration) -> list
     values = tuple(float(s) for s in seen.sigmas)
 
     def results(table, job) -> list:
-        model = calibration._following(
+        model = calibration.following(
             job.model, Profile((0,), values, recorded.statistics, "", EACH, "", extras={BLOCKS: table.contiguous()})
         )
         with torch.inference_mode():

@@ -40,14 +40,14 @@ Over the budget (`memory_budget_mb`, automatic: a quarter of the free memory) a 
 8 bits, and if that is too much nothing is cached and the node says so. A history on the card is announced to the host's
 memory manager before it is made.
 
-**A calibration** samples the snapshots: S = min(65536, elements of one snapshot) float32 numbers of each step and prompt
-lie in RAM, 4 c steps S bytes; while the tables are made 8 steps S more, and as much again with correction statistics.
-The card holds three latents beyond the sampling itself (the slope before, this one, the disturbance) and at an inner
-site what the site keeps while a step is computed. FLUX 1024x1024, 28 steps: 7.3 MB and 14.7 MB of RAM, 3.1 MB of the
-card. Wan 2.1 14B, 832x480, 81 frames, 50 steps, cfg: 26.2 MB and 26.2 MB of RAM, 25.2 MB of the card. Time: a run with
-recording is the plain run, one evaluation in ten more, and the sampling of the snapshots; `docs/frontier.md` has it
-measured. A profile is 17 kB at 28 steps; with correction statistics 4 (2 steps + 1)^2 bytes per latent channel more,
-with activation statistics 8 bytes per input channel of every linear layer.
+**A calibration** samples the snapshots: S = min(65536, elements of one snapshot) float32 numbers of each step and
+prompt lie in RAM, 4 c steps S bytes; while the tables are made 8 steps S more, and as much again with correction
+statistics. The card holds three latents beyond the sampling itself (the slope before, this one, the disturbance) and at
+an inner site what the site keeps while a step is computed. FLUX 1024x1024, 28 steps: 7.3 MB and 14.7 MB of RAM, 3.1 MB
+of the card. Wan 2.1 14B, 832x480, 81 frames, 50 steps, cfg: 26.2 MB and 26.2 MB of RAM, 25.2 MB of the card. Time: a
+run with recording is the plain run, one evaluation in ten more, and the sampling of the snapshots; `docs/frontier.md`
+has it measured. A profile is 17 kB at 28 steps; with correction statistics 4 (2 steps + 1)^2 bytes per latent channel
+more, with activation statistics 8 bytes per input channel of every linear layer.
 
 """
 

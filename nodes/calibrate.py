@@ -6,10 +6,11 @@ import latent_preview
 import torch
 from comfy_api.latest import io, ui
 
-from ..host.calibrate import CHOICES, GOALS, Job, Wish, calibrate, summary
+from ..host.calibrate import calibrate, summary
 from ..host.events import show
 from ..host.frontier import draw
 from ..host.profiles import save
+from ..host.recording import CHOICES, GOALS, Job, Wish
 from ..host.report import as_image
 from .schema import schema, widget
 

@@ -13,9 +13,10 @@ from slipstream.demo import emoji
 from slipstream.engine.profile import Profile
 from slipstream.engine.search import uniform
 from slipstream.host import patcher, profiles
-from slipstream.host.calibrate import Job, Wish, calibrate
+from slipstream.host.calibrate import calibrate
 from slipstream.host.errors import SlipstreamError
 from slipstream.host.plan import CacheConfig, PredictorConfig
+from slipstream.host.recording import Job, Wish
 
 
 @pytest.fixture

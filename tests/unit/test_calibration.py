@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from slipstream.engine.calibration import Recorder
+from slipstream.engine.calibration import Activations, Recorder
 from slipstream.engine.statistics import Statistics
 
 
@@ -57,3 +57,58 @@ def test_a_repeated_time_replaces_and_a_falling_one_is_refused_at_the_end():
         recorder.statistics()
     with pytest.raises(ValueError, match="active at every step"):
         Recorder().statistics()
+
+
+def test_growth_is_measured_where_asked_and_is_the_denoisers():
+    recorder = Recorder(probed=frozenset({2, 4}))
+    generator = torch.Generator().manual_seed(0)
+    x, seen = torch.randn(1, 4, 3, generator=generator), []
+    for i in range(6):
+        sigma = 1.0 - i / 6
+        denoised = 0.7 * x + torch.sin(x * (1 + i))
+        disturbance = recorder.disturbance(x, sigma, denoised)
+        seen.append(disturbance is not None)
+        if disturbance is not None:
+            recorder.grown(disturbance, 1.7 * disturbance)
+        x = x - (x - denoised) / sigma / 6
+    assert seen == [False, False, True, False, True, False]
+    assert recorder.growth == pytest.approx({2: 1.7, 4: 1.7})
+    still = Recorder(probed=frozenset({1}))
+    still.disturbance(x, 1.0, 0 * x)
+    nothing = still.disturbance(0.5 * x, 0.5, 0 * x)  # the same slope again: nothing to disturb with
+    still.grown(nothing, nothing)
+    assert not nothing.any() and still.growth == {}
+
+
+@pytest.mark.parametrize("sample", [10_000, 256])
+def test_channel_moments_are_means_of_products_per_channel(sample):
+    generator = torch.Generator().manual_seed(3)
+    outputs, inputs = (torch.randn(5, 2, 3, 16, 16, generator=generator) for _ in range(2))
+    recorder = Recorder(sample=sample, moments=True)
+    for u in range(5):
+        recorder.push(float(u), "cond", (outputs[u],), inputs[u])
+    table = recorder.channel_moments()
+    rows = torch.cat([outputs, inputs]).movedim(2, 0).reshape(3, 10, -1)
+    rows = torch.cat([rows, torch.ones(3, 1, rows.shape[2])], 1)
+    expected = rows @ rows.mT / rows.shape[2]
+    assert table.shape == (3, 11, 11) and table.dtype == torch.float32
+    assert torch.allclose(table, expected, atol=1e-5 if sample > 1536 else 0.5)
+    other = Recorder(moments=True)
+    other.push(0.0, "cond", (outputs[0],), inputs[0][:, :1])
+    assert other.channel_moments() is None
+
+
+def test_activations_are_the_ranges_of_every_linear_layers_input_and_nothing_stays_behind():
+    network = torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+    batches = [torch.randn(3, 5, 6), torch.randn(2, 6) * 3]
+    activations = Activations(network)
+    with activations, torch.no_grad():
+        for batch in batches:
+            network(batch)
+    tables = activations.tables()
+    rows = torch.cat([b.reshape(-1, 6) for b in batches])
+    assert set(tables) == {f"activation/{layer}/{what}" for layer in "02" for what in ("absmax", "square")}
+    assert torch.allclose(tables["activation/0/absmax"], rows.abs().amax(0))
+    assert torch.allclose(tables["activation/0/square"], rows.square().mean(0))
+    network(batches[0])
+    assert torch.equal(activations.tables()["activation/0/absmax"], tables["activation/0/absmax"])
