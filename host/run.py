@@ -7,7 +7,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
@@ -20,6 +19,7 @@ from ..engine.profile import Profile
 from ..engine.schedules import Drift, Interval, KeySteps, Magnitude, Probe, Trace, span
 from ..engine.token_select import candidates, choose, combine
 from . import events
+from .account import Evaluation, report
 from .architectures import UNKNOWN, Architecture
 from .blocks import EACH, STACK
 from .calls import Parts
@@ -32,31 +32,7 @@ from .sampling import Clock, Sampler, active_conditioning
 NEVER_SKIP_STEPS = 4
 ONE_SKIP_STEPS = 8
 
-# A drift that differs from a profile's by more than this factor is told.
-FAR_OFF = 2.0
-
 StreamKey = tuple
-
-
-@dataclass(slots=True)
-class Evaluation:
-    """One (sigma, x) pair that the sampler asks for, and what became of it.
-
-    action: computed, forecast or reused; share: of the network's work that was done, 1 where it was computed, 0 where
-    it was filled, and between where some of its blocks ran; drift: measured where computed, and there avoided, else
-    estimated from the next measurement.
-    """
-
-    index: int
-    u: float
-    sigma: float
-    fill: bool
-    reason: str
-    action: str = ""
-    order: int = 0
-    drift: float | None = None
-    seconds: float = 0.0
-    share: float = 1.0
 
 
 class Run:
@@ -127,7 +103,7 @@ class Run:
         self._reshaped = False
         self._x: Tensor | None = None
         self._x_computed: Tensor | None = None
-        self._started = time.perf_counter()
+        self.started = time.perf_counter()
 
     def _why_nothing(self) -> str:
         """The sentence that says why this run will skip nothing; empty where it may."""
@@ -168,7 +144,7 @@ class Run:
     def begin(self, sigma: float, x: Tensor | None = None) -> None:
         """Open the evaluation at sigma and decide whether it may be filled. x is what the network will see."""
         if not self.evaluations:
-            self._started = time.perf_counter()  # loading the model is not the sampler's time
+            self.started = time.perf_counter()  # loading the model is not the sampler's time
         u = self.clock.u(sigma) if self.clock.decreasing else float(len(self.evaluations))
         if x is not None:
             if self._x is not None and self._x.shape == x.shape:
@@ -495,25 +471,6 @@ class Run:
         """What the network is told as its time at a step of the schedule."""
         return float(self.timestep_of(self.clock.sigmas[step]))
 
-    def _why_none(self) -> str:
-        """Why a run that might have skipped did not: the reason given most often, the unavoidable ones left out."""
-        given = Counter(e.reason for e in self.evaluations if e.reason not in ("first evaluations", "last step"))
-        reason = given.most_common(1)[0][0] if given else "too few steps"
-        if reason == "schedule":
-            reason = f"no evaluation was within the {self.recipe.method}"
-        return f"nothing was skipped: {reason}"
-
-    def _unexpected(self, drifts: list[float]) -> str:
-        """How far the drift is from what the profile expected, where they differ by more than a factor of two."""
-        expected = self.expected_drift
-        if not drifts or not isinstance(expected, int | float) or not expected > 0:
-            return ""
-        factor = sum(drifts) / len(drifts) / expected
-        if 1 / FAR_OFF <= factor <= FAR_OFF:
-            return ""
-        what = f"{factor:.1f} times what the profile expects ({100 * expected:.1f} %)"
-        return f"the drift is {what}; calibrate with a prompt like this"
-
     # -- the end -------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
@@ -524,40 +481,8 @@ class Run:
         self._x = self._x_computed = self.current = self.inner = self.recorder = None
 
     def report(self) -> dict:
-        """Numbers of the run so far, plain JSON data.
-
-        Drifts are those of the filled evaluations. Seconds saved are measured within the run: a fill costs what it
-        took, not 0.
-        """
-        computed = [e for e in self.evaluations if e.action == "computed"]
-        filled = [e for e in self.evaluations if e.action != "computed"]
-        drifts = [e.drift for e in filled if e.drift is not None]
-        # The first evaluation carries one-time costs (loading, compiling), so it is left out where there are others.
-        usual = computed[1:] or computed
-        per_computed = sum(e.seconds for e in usual) / len(usual) if usual else 0.0
-        saved = sum(max(0.0, per_computed - e.seconds) for e in filled)
-        return {
-            "model": self.label,
-            "sampler": self.sampler.name,
-            "steps": self.clock.steps,
-            "evaluations": len(self.evaluations),
-            "computed": len(computed),
-            "computed_share": sum(e.share for e in self.evaluations),
-            "filled": len(filled),
-            "seconds": time.perf_counter() - self._started,
-            "seconds_saved": saved,
-            "drift_mean": sum(drifts) / len(drifts) if drifts else None,
-            "drift_max": max(drifts) if drifts else None,
-            "cache_bytes": self.peak_bytes,
-            "cache_place": ", ".join(sorted(self.memory.places)),
-            "site": self.level,
-            "family": self.recipe.family,
-            "chose": "" if self.note else self.recipe.chose,
-            "remark": ", ".join(r for r in (self.recipe.remark, self._unexpected(drifts)) if r),
-            "note": self.note or ("" if filled else self._why_none()),
-            "plan": self.plan.as_json(),
-            "trace": [asdict(e) for e in self.evaluations],
-        }
+        """Numbers of the run so far, plain JSON data."""
+        return report(self)
 
 
 def _largest(values: list[Tensor]) -> float:

@@ -1,0 +1,93 @@
+"""What became of a run: its evaluations, and their account as plain data."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .run import Run
+
+# A drift that differs from a profile's by more than this factor is told.
+FAR_OFF = 2.0
+
+
+@dataclass(slots=True)
+class Evaluation:
+    """One (sigma, x) pair that the sampler asks for, and what became of it.
+
+    action: computed, forecast or reused; share: of the network's work that was done, 1 where it was computed, 0 where
+    it was filled, and between where some of its blocks ran; drift: measured where computed, and there avoided, else
+    estimated from the next measurement.
+    """
+
+    index: int
+    u: float
+    sigma: float
+    fill: bool
+    reason: str
+    action: str = ""
+    order: int = 0
+    drift: float | None = None
+    seconds: float = 0.0
+    share: float = 1.0
+
+
+def report(run: Run) -> dict:
+    """Numbers of the run so far, plain JSON data.
+
+    Drifts are those of the filled evaluations. Seconds saved are measured within the run: a fill costs what it
+    took, not 0.
+    """
+    computed = [e for e in run.evaluations if e.action == "computed"]
+    filled = [e for e in run.evaluations if e.action != "computed"]
+    drifts = [e.drift for e in filled if e.drift is not None]
+    # The first evaluation carries one-time costs (loading, compiling), so it is left out where there are others.
+    usual = computed[1:] or computed
+    per_computed = sum(e.seconds for e in usual) / len(usual) if usual else 0.0
+    saved = sum(max(0.0, per_computed - e.seconds) for e in filled)
+    return {
+        "model": run.label,
+        "sampler": run.sampler.name,
+        "steps": run.clock.steps,
+        "evaluations": len(run.evaluations),
+        "computed": len(computed),
+        "computed_share": sum(e.share for e in run.evaluations),
+        "filled": len(filled),
+        "seconds": time.perf_counter() - run.started,
+        "seconds_saved": saved,
+        "drift_mean": sum(drifts) / len(drifts) if drifts else None,
+        "drift_max": max(drifts) if drifts else None,
+        "cache_bytes": run.peak_bytes,
+        "cache_place": ", ".join(sorted(run.memory.places)),
+        "site": run.level,
+        "family": run.recipe.family,
+        "chose": "" if run.note else run.recipe.chose,
+        "remark": ", ".join(r for r in (run.recipe.remark, _unexpected(run.expected_drift, drifts)) if r),
+        "note": run.note or ("" if filled else _why_none(run.evaluations, run.recipe.method)),
+        "plan": run.plan.as_json(),
+        "trace": [asdict(e) for e in run.evaluations],
+    }
+
+
+def _why_none(evaluations: Sequence[Evaluation], method: str) -> str:
+    """Why a run that might have skipped did not: the reason given most often, the unavoidable ones left out."""
+    given = Counter(e.reason for e in evaluations if e.reason not in ("first evaluations", "last step"))
+    reason = given.most_common(1)[0][0] if given else "too few steps"
+    if reason == "schedule":
+        reason = f"no evaluation was within the {method}"
+    return f"nothing was skipped: {reason}"
+
+
+def _unexpected(expected: object, drifts: Sequence[float]) -> str:
+    """How far the drift is from what the profile expected, where they differ by more than a factor of two."""
+    if not drifts or not isinstance(expected, int | float) or not expected > 0:
+        return ""
+    factor = sum(drifts) / len(drifts) / expected
+    if 1 / FAR_OFF <= factor <= FAR_OFF:
+        return ""
+    what = f"{factor:.1f} times what the profile expects ({100 * expected:.1f} %)"
+    return f"the drift is {what}; calibrate with a prompt like this"
