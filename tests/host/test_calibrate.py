@@ -126,15 +126,20 @@ def test_a_profile_of_another_predictor_or_range_is_told(lab, folder):
     assert "does not fit, it was measured for sigmas from 1 to 0" in lab.report(foreign)["note"]
 
 
-def test_a_cancelled_calibration_leaves_nothing(lab, folder):
+@pytest.mark.parametrize("stage", ["full run", "checking", "ECAD"])
+def test_a_cancelled_calibration_leaves_nothing(lab, folder, stage):
     plain = lab.sample(lab.flux)
 
-    def stop(step, *_):
-        if step == 5:
-            raise comfy.model_management.InterruptProcessingException
+    def progress(sentence):
+        def stop(step, *_):
+            if step == 5:
+                raise comfy.model_management.InterruptProcessingException
 
+        return stop if sentence.startswith(stage) else None
+
+    wish = {"schedule": "ECAD (blocks)"} if stage == "ECAD" else {}
     with pytest.raises(comfy.model_management.InterruptProcessingException):
-        calibrated(lab, lab.flux, progress=lambda sentence: stop)
+        calibrated(lab, lab.flux, progress=progress, check=3, runs=2, wish=wish)
     assert list(folder.iterdir()) == []
     assert torch.equal(lab.sample(lab.flux), plain)
 
