@@ -42,8 +42,8 @@ Written by `python dev.py bench frontier`: {steps} euler steps, cfg 1, calibrate
 *forecast-aware* the exact programme for the predictor's error, *weighted* the same with every error weighted by what it
 leaves in the result, *coherent* the search for the least expected error of the result, *drift budget*, *ERTACache* and
 *MagCache* thresholds found by bisection. **Calibrate** is what the node picks: of the four schedules expected to be
-best, even spacing among them, the one that is nearest to the full runs of the calibration prompts when it is sampled.
-*Calibrate, unchecked* is the one expected to be best, without sampling (`check` 0).
+best, even spacing among them, all sampled on the calibration prompts, the first one that no later one beats by more
+than the standard error of their difference. *Calibrate, unchecked* is the one expected to be best, without sampling (`check` 0).
 
 ![PSNR against evaluations](frontier.png)
 
@@ -80,7 +80,7 @@ def measure(name: str, scheduler: str, pictures: int, runs: int) -> list[dict]:
     from slipstream.demo import emoji
     from slipstream.engine.metrics import psnr, relative_error
     from slipstream.engine.profile import Profile
-    from slipstream.engine.search import Search, adjusted_sigmas, step_coefficients
+    from slipstream.engine.search import Search, adjusted_sigmas, evident, step_coefficients
     from slipstream.host import events
     from slipstream.host import recording as calibration
     from slipstream.host.architectures import architecture_of
@@ -151,7 +151,7 @@ def measure(name: str, scheduler: str, pictures: int, runs: int) -> list[dict]:
                     "expected_drift_pct": 100 * candidate.drift,
                 }  # fmt: skip
                 if candidate.keys in checked:
-                    known[candidate.keys] = run(model, seen, recorded.finals)["psnr_db"]
+                    known[candidate.keys] = run(model, seen, recorded.finals)["each_db"]
             for schedule in calibration.SCHEDULES:
                 keys = search.keys(schedule, count)
                 if keys is not None:
@@ -160,7 +160,8 @@ def measure(name: str, scheduler: str, pictures: int, runs: int) -> list[dict]:
             if not order and erta is not None:
                 rows.append({"name": STEP, **common, **stepped(erta)})
             rows.append({"name": EXPECTED, **scored[ranked[0].keys]})
-            rows.append({"name": PICK, **scored[max(known, key=known.get)]})
+            order_of = [c.keys for c in ranked if c.keys in known]
+            rows.append({"name": PICK, **scored[order_of[evident([known[k] for k in order_of])]]})
     if name == "flux" and scheduler == "simple":
         rows += blocks(label, scheduler, seen, unseen, truth, calibration)
     return rows

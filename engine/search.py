@@ -10,6 +10,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from statistics import stdev
 
 import torch
 from torch import Tensor
@@ -23,6 +24,9 @@ from .statistics import Statistics, weights_at
 # 1.8 and 0 to endless, these put random and solved schedules in the order they really have on both trained models with
 # two schedulers each (rank correlation 0.91), and predict their errors within 2 dB (`docs/frontier.md`).
 STRETCH, MEMORY = 1.3, 16.0
+
+# With one run a schedule has to be so much nearer to be taken before one that is expected to be better.
+ONE_RUN_DB = 1.0
 
 # How far the search for coherent schedules moves one key step at a time.
 REACH = 3
@@ -442,6 +446,21 @@ class Search:
             if keys is not None and keys not in found:
                 found[keys] = self.candidate(schedule, keys)
         return sorted(found.values(), key=lambda c: (c.error, c.keys))
+
+
+def evident(scores: Sequence[Sequence[float]]) -> int:
+    """Which of several schedules to take, given the PSNR of each on the same runs, the one expected to be best first.
+
+    A later one has to be better than the best so far by more than the standard error of their difference, and by
+    `ONE_RUN_DB` where there is one run only: what is less says more about the runs than about the schedules.
+    """
+    best = 0
+    for i in range(1, len(scores)):
+        gains = [a - b for a, b in zip(scores[i], scores[best], strict=True)]
+        doubt = stdev(gains) / math.sqrt(len(gains)) if len(gains) > 1 else ONE_RUN_DB
+        if sum(gains) / len(gains) > doubt:
+            best = i
+    return best
 
 
 def _check(steps: int, count: int) -> None:

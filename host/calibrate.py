@@ -6,13 +6,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import comfy.model_management
 from torch import Tensor
 
 from ..engine.metrics import psnr, relative_error
 from ..engine.profile import Point, Profile
-from ..engine.search import SCHEDULES, Candidate, Search, adjusted_sigmas, step_coefficients
+from ..engine.search import SCHEDULES, Candidate, Search, adjusted_sigmas, evident, step_coefficients
 from .architectures import architecture_of
 from .block_search import search_blocks, trouble
 from .errors import SlipstreamError
@@ -48,6 +49,18 @@ HIGHEST_ORDER = 2
 POINTS, FEWEST_SHARE, MOST_SHARE = 16, 0.18, 0.75
 
 
+@dataclass(frozen=True, slots=True)
+class Score:
+    """A schedule as it was sampled: PSNR of each run against the full one, mean relative error."""
+
+    each_db: tuple[float, ...]
+    error: float
+
+    @property
+    def db(self) -> float:
+        return sum(self.each_db) / len(self.each_db)
+
+
 def calibrate(job: Job, wish: Wish | None = None, progress: Progress = silent) -> Profile:
     """A profile for this sampling. Raises SlipstreamError.
 
@@ -73,7 +86,7 @@ def calibrate(job: Job, wish: Wish | None = None, progress: Progress = silent) -
     points = frontier(search, size)
     found = _candidates(search, wish)
     checked = _check(job, wish, found, recorded.finals, recipe, search, progress) if wish.check > 1 else {}
-    chosen = max(found, key=lambda c: checked[c.keys][0]) if checked else found[0]
+    chosen = found[evident([checked[c.keys].each_db for c in found])] if checked else found[0]
     sigmas = values
     if wish.schedule == STEP_COEFFICIENT:
         sigmas = adjusted_sigmas(values, step_coefficients(statistics, chosen.keys))
@@ -81,7 +94,7 @@ def calibrate(job: Job, wish: Wish | None = None, progress: Progress = silent) -
     point = _point(chosen, size)
     if checked:
         # What was sampled tells how far the expected errors are off; that holds for the rest of the frontier too.
-        off = sorted(checked[c.keys][1] * size / c.error for c in found if c.keys in checked and c.error)
+        off = sorted(checked[c.keys].error * size / c.error for c in found if c.error)
         scale = off[len(off) // 2] if off else 1.0
         point, *points = (dataclasses.replace(p, error=p.error * scale) for p in (point, *points))
     return Profile(
@@ -100,11 +113,12 @@ def calibrate(job: Job, wish: Wish | None = None, progress: Progress = silent) -
                 search.result_error(search.keys("even", len(chosen.keys))), chosen.error
             ),
             "checked": [
-                {"schedule": c.schedule, "psnr_db": checked[c.keys][0], "error": checked[c.keys][1]}
-                for c in found if c.keys in checked
+                {"schedule": c.schedule, "psnr_db": checked[c.keys].db, "error": checked[c.keys].error}
+                for c in found
+                if c.keys in checked
             ],
-            "measured_error": checked[chosen.keys][1] if checked else None,
-            "measured_gain_over_even_spacing_db": checked[chosen.keys][0] - checked[even][0] if even else None,
+            "measured_error": checked[chosen.keys].error if checked else None,
+            "measured_gain_over_even_spacing_db": checked[chosen.keys].db - checked[even].db if even else None,
         },
         tuple(points),
         recorded.extras,
@@ -198,10 +212,10 @@ def _candidates(search: Search, wish: Wish) -> list[Candidate]:
 def _check(
     job: Job, wish: Wish, found: list[Candidate], finals: list[Tensor], recipe: Recipe, search: Search,
     progress: Progress,
-) -> dict[tuple[int, ...], tuple[float, float]]:  # fmt: skip
-    """{keys: (mean PSNR in dB, mean relative error)} of the first few candidates against the full runs, all sampled.
+) -> dict[tuple[int, ...], Score]:  # fmt: skip
+    """How near the first few candidates come to the full runs when they are sampled, by key steps.
 
-    Even spacing is always among them, for the comparison that the node shows.
+    Even spacing is always among them, for the comparison that the node shows; `found` is cut down to them.
     """
     tried = found[: wish.check]
     if len(tried) < 2:
@@ -223,7 +237,8 @@ def _check(
             what = f"checking schedule {number} of {len(tried)}, run {run + 1} of {len(finals)}"
             result = job.sample(model, run, progress(what))
             results.append((min(psnr(result, final), 200.0), relative_error(result, final)))
-        scores[candidate.keys] = tuple(sum(column) / len(results) for column in zip(*results, strict=True))
+        each, errors = zip(*results, strict=True)
+        scores[candidate.keys] = Score(each, sum(errors) / len(errors))
     found[:] = [c for c in found if c.keys in scores]
     return scores
 

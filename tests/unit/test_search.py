@@ -22,6 +22,7 @@ from slipstream.engine.search import (
     drift_walk,
     error_effects,
     ertacache_walk,
+    evident,
     forecast_aware,
     gaussian_jacobians,
     interpolated,
@@ -233,6 +234,15 @@ def test_step_coefficients_shorten_reused_steps_and_keep_both_ends():
     first = next(i for i, f in enumerate(factors) if f < 1)
     step = sigmas[first] - sigmas[first + 1]
     assert adjusted[first] - adjusted[first + 1] == pytest.approx(factors[first] * step)
+
+
+def test_evidence_is_what_exceeds_the_spread_of_the_runs():
+    expected, better = [50.0, 60.0, 55.0, 52.0], [52.0, 61.5, 57.5, 53.0]
+    unclear = [40.0, 72.0, 55.0, 52.0]  # better on average, because of one run
+    assert evident([expected, better]) == 1 and evident([better, expected]) == 0
+    assert evident([expected, unclear]) == 0 and evident([expected, unclear, better]) == 2
+    assert evident([expected]) == 0 and evident([[50.0], [50.9]]) == 0 and evident([[50.0], [51.1]]) == 1
+    assert evident([expected, expected]) == 0
 
 
 def test_measured_values_are_carried_over_to_all_steps():
