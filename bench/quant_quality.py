@@ -1,0 +1,216 @@
+"""How far a quantised layer's output is from the 16-bit one, by method, on layers with outliers of known size.
+
+    python dev.py bench quant_quality
+
+Writes bench/out/quant_quality.json and docs/quant_quality.md. Each method is calibrated on some rows and scored on
+others, with the exact arithmetic of `kernels/reference.py`. CPU, one thread, plain torch: the seconds are the
+quantiser's, not the layer's.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .boot import ROOT, import_pack
+from .rows import save, table
+
+OUT = ROOT / "bench" / "out" / "quant_quality.json"
+PAGE = ROOT / "docs" / "quant_quality.md"
+WIDTH = 1024
+MAGNITUDES = (1, 10, 30, 100)
+CALIBRATION, HELD_OUT = 4096, 512
+LARGE = (3072, 12288)
+
+HEAD = """# What quantising a layer costs
+
+Relative error of the layer's output, ||y_q - y|| / ||y||, on rows the quantiser has not seen. Written by
+`python dev.py bench quant_quality`: one {width} x {width} layer of bfloat16 made to look like a diffusion transformer's
+(channel spans lognormal, 8 massive channels times 1, 10, 30 or 100, correlated inputs; a weight with low-rank energy
+and 0.1 % spikes), {calibration} rows to calibrate on, of which 512 are kept, and {held_out} others to score. Synthetic
+data ranks methods; it promises nothing about a picture.
+
+"""
+
+LEGEND = """
+data: what a method needs: *none*, *spans* (largest value of each input channel, as a profile has it), *rows* (512 of
+the layer's inputs) or *rows, Hessian* (and X^T X of all {calibration} of them). Megabytes: the packed layer; the
+16-bit one has {full:.2f}. CPU seconds: of quantising, one thread; the machine was shared, so the clock ran up to twice
+as long.
+
+"""
+
+LARGE_HEAD = """
+## A layer of {n} x {k}
+
+No GPTQ, {threads} thread(s) on a shared machine. The methods are those of METHODS in `quant/layer.py`; `svdquant` tries
+seven smooth factors on 128 of 512 rows. Peak: what the process held at most beyond what it held before; the weight
+itself ({weight:.0f} MB in bfloat16) is not in it.
+
+"""
+
+COLUMNS = ("method", "data", *(f"x{m}" for m in MAGNITUDES), "megabytes", "cpu_seconds")
+LARGE_COLUMNS = ("method", "megabytes", "share_of_bf16", "seconds", "cpu_seconds", "peak_mb")
+
+
+def synthetic_weight(n: int, k: int, seed: int = 1) -> Tensor:
+    """A weight (n, k) with low-rank energy and 0.1 % spikes of eight times the size, float32."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(n, k, generator=generator)
+    weight += torch.randn(n, 16, generator=generator) @ torch.randn(16, k, generator=generator) / 2
+    weight[torch.rand(n, k, generator=generator) < 0.001] *= 8
+    return weight * 0.02
+
+
+def synthetic_inputs(rows: int, k: int, magnitude: float, seed: int) -> Tensor:
+    """Inputs (rows, k): lognormal channel spans, 8 channels times `magnitude`, half the variance in 64 directions.
+
+    The channels and directions are the same for every seed and magnitude; the seed draws the rows.
+    """
+    fixed = torch.Generator().manual_seed(0)
+    span = torch.randn(k, generator=fixed).mul(0.5).exp()
+    span[torch.randperm(k, generator=fixed)[:8]] *= magnitude
+    directions = torch.randn(64, k, generator=fixed) / 8
+    drawn = torch.Generator().manual_seed(seed)
+    shared = torch.randn(rows, 64, generator=drawn) @ directions
+    return (shared + torch.randn(rows, k, generator=drawn)) * 0.5**0.5 * span
+
+
+def schemes() -> dict[str, tuple[str, object]]:
+    """Name -> (data it needs, specification)."""
+    from slipstream.quant.layer import METHODS, Spec, with_spec
+
+    rotated = METHODS["hadamard_svd"]
+    return {
+        "W4A4 rounding to nearest, groups of 64": ("none", METHODS["rtn"]),
+        "W4A4 + scale search": ("none", with_spec(METHODS["rtn"], scale_search=True)),
+        "W4A4 ConvRot, the host's format": ("none", METHODS["convrot"]),
+        "W4A4 ConvRot + scale search": ("none", with_spec(METHODS["convrot"], scale_search=True)),
+        "W4A4 Hadamard, groups of 64": ("none", with_spec(rotated, rank=0)),
+        "W4A4 SVD 32, no smoothing": ("none", Spec(smooth="none")),
+        "**W4A4 Hadamard + SVD 32** (data-free default)": ("none", rotated),
+        "W4A8 Hadamard + SVD 32": ("none", with_spec(rotated, format="w4a8")),
+        "W4A4 SVDQuant 32, exponents 0.5": ("spans", Spec()),
+        "W4A4 Hadamard + SVD 32, exponents 0.5": ("spans", with_spec(rotated, smooth="search")),
+        "W4A4 smoothing only": ("rows", Spec(rank=0)),
+        "**W4A4 SVDQuant 32**": ("rows", METHODS["svdquant"]),
+        "W4A4 SVDQuant 16": ("rows", Spec(rank=16)),
+        "W4A4 SVDQuant 64": ("rows", Spec(rank=64)),
+        "W4A4 SVDQuant 128": ("rows", Spec(rank=128)),
+        "W4A4 SVDQuant 32 + Hadamard": ("rows", METHODS["hadamard_svdquant"]),
+        "W4A4 SVDQuant 32, up to 20 refinements": ("rows", METHODS["svdquant_refined"]),
+        "W4A4 SVDQuant 32 + GPTQ on 512 rows": ("rows", METHODS["svdquant_gptq"]),
+        "**W4A4 SVDQuant 32 + GPTQ**": ("rows, Hessian", METHODS["svdquant_gptq"]),
+        "W4A4 SVDQuant 32 + Hadamard + GPTQ": ("rows, Hessian", METHODS["hadamard_svdquant_gptq"]),
+        "W4A4 ConvRot + GPTQ, the host's format": ("rows, Hessian", with_spec(METHODS["convrot"], gptq=True)),
+        "W4A8 SVDQuant 32": ("rows", METHODS["w4a8"]),
+        "W4A16 SVDQuant 32": ("rows", METHODS["w4a16"]),
+        "W4A8 SVDQuant 32 + GPTQ": ("rows, Hessian", Spec("w4a8", gptq=True)),
+        "W8A8 ConvRot, the host's format": ("none", METHODS["int8_convrot"]),
+    }
+
+
+def known(statistics, data: str):
+    """What of the statistics a method may look at."""
+    import dataclasses
+
+    hidden = {
+        "spans": {"rows": None, "hessian": None, "square": None},
+        "rows": {"hessian": None},
+        "rows, Hessian": {},
+    }
+    return None if data == "none" else dataclasses.replace(statistics, **hidden[data])
+
+
+def synthetic(width: int = WIDTH) -> list[dict]:
+    """One row per method: relative output error at every outlier size, packed megabytes, seconds to quantise."""
+    from slipstream.quant.layer import Statistics, output_error, quantise_linear
+
+    weight = synthetic_weight(width, width).bfloat16()
+    inputs = {
+        m: (
+            Statistics.of(synthetic_inputs(CALIBRATION, width, m, 1), hessian=True),
+            synthetic_inputs(HELD_OUT, width, m, 2),
+        )
+        for m in MAGNITUDES
+    }
+    rows = []
+    for name, (data, spec) in schemes().items():
+        row: dict = {"method": name, "data": data, "width": width}
+        began = time.process_time()
+        layers = {}
+        for m, (statistics, _) in inputs.items():
+            layers[m] = quantise_linear(weight, None, spec, known(statistics, data)).layer
+        row["cpu_seconds"] = (time.process_time() - began) / len(inputs)
+        row.update({f"x{m}": output_error(weight, layer, inputs[m][1]) for m, layer in layers.items()})
+        row["megabytes"] = layers[MAGNITUDES[0]].nbytes / 1e6
+        rows.append(row)
+    return rows
+
+
+def large(n: int = LARGE[0], k: int = LARGE[1]) -> list[dict]:
+    """Seconds and peak memory of quantising one FLUX-sized layer, without GPTQ."""
+    from slipstream.quant.layer import METHODS, Statistics, quantise_linear
+
+    weight = synthetic_weight(n, k).bfloat16()
+    statistics = Statistics.of(synthetic_inputs(512, k, 30, 1))
+    rows = []
+    for name in ("convrot", "hadamard_svd", "svdquant"):
+        before, busy = reset_peak(), time.process_time()
+        began = time.perf_counter()
+        layer = quantise_linear(weight, None, METHODS[name], statistics).layer
+        seconds = time.perf_counter() - began
+        busy = time.process_time() - busy
+        rows.append(
+            {
+                "method": name,
+                "n": n,
+                "k": k,
+                "megabytes": layer.nbytes / 1e6,
+                "share_of_bf16": layer.nbytes / (2 * n * k),
+                "seconds": seconds,
+                "cpu_seconds": busy,
+                "peak_mb": peak() - before,
+                "threads": torch.get_num_threads(),
+            }
+        )
+    return rows
+
+
+def reset_peak() -> float:
+    """Make the kernel forget the process's highest memory; megabytes it holds now (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return peak()
+
+
+def peak() -> float:
+    """Megabytes this process held at most since `reset_peak` (Linux)."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e6
+
+
+def main() -> None:
+    import_pack()
+    torch.set_num_threads(1)
+    small, big = synthetic(), large()
+    save(OUT, [*small, *big])
+    n, k = LARGE
+    page = HEAD.format(width=WIDTH, calibration=CALIBRATION, held_out=HELD_OUT) + errors_table(small)
+    page += "\n" + LEGEND.format(calibration=CALIBRATION, full=2 * WIDTH * WIDTH / 1e6)
+    page += LARGE_HEAD.format(n=n, k=k, threads=torch.get_num_threads(), weight=2 * n * k / 1e6)
+    page += table(big, LARGE_COLUMNS) + "\n"
+    PAGE.write_text(page)
+    print(page)
+
+
+def errors_table(rows: list[dict]) -> str:
+    """The rows with errors to four decimals, which `table` would round to two."""
+    shown = [{c: f"{r[c]:.4f}" if c.startswith("x") else r[c] for c in COLUMNS} for r in rows]
+    return table(shown, COLUMNS)
+
+
+if __name__ == "__main__":
+    main()
