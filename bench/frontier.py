@@ -43,7 +43,8 @@ Written by `python dev.py bench frontier`: {steps} euler steps, cfg 1, calibrate
 leaves in the result, *coherent* the search for the least expected error of the result, *drift budget*, *ERTACache* and
 *MagCache* thresholds found by bisection. **Calibrate** is what the node picks: of the four schedules expected to be
 best, even spacing among them, all sampled on the calibration prompts, the first one that no later one beats by more
-than the standard error of their difference. *Calibrate, unchecked* is the one expected to be best, without sampling (`check` 0).
+than the standard error of their difference. *Calibrate, unchecked* is the one expected to be best, without sampling
+(`check` 0).
 
 ![PSNR against evaluations](frontier.png)
 
