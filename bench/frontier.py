@@ -29,6 +29,9 @@ SCHEDULERS = {"flux": ("simple", "beta"), "unet": ("normal", "karras")}
 PREDICTORS = {"reuse": 0, "Taylor 1": 1, "Newton 2": 2}
 PICK, EXPECTED, STEP, ECAD = "Calibrate", "Calibrate, unchecked", "ERTACache + step coefficient", "ECAD"
 ECAD_RUNS = 600
+
+# How near to the best schedule Calibrate's pick is meant to be.
+NEAR_DB = 0.5
 COLUMNS = (
     "model", "scheduler", "predictor", "name", "evaluations", "psnr_db", "psnr_min_db", "error_pct",
     "expected_error_pct", "drift_pct", "expected_drift_pct",
@@ -45,6 +48,12 @@ leaves in the result, *coherent* the search for the least expected error of the 
 best, even spacing among them, all sampled on the calibration prompts, the first one that no later one beats by more
 than the standard error of their difference. *Calibrate, unchecked* is the one expected to be best, without sampling
 (`check` 0).
+
+Where the pick is not the best, which steps matter differs from prompt to prompt: PSNRs of single pictures lie 10 to 20
+dB apart, and the standard error of the difference, over the pictures, is given beside it. Leaving each calibration run
+out of the solving, and sampling it, did not choose better; more prompts do. Karras spaces the steps so that even
+spacing is already near the best. ECAD's blocks are reused, not forecast: on a network of five blocks that is the reuse
+row, and its search finds little beyond whole steps.
 
 ![PSNR against evaluations](frontier.png)
 
@@ -276,7 +285,7 @@ def gains_table(rows: list[dict]) -> str:
         "| below the best, worst (dB) |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    firsts = []
+    firsts, losses = [], []
     for key, by in _groups(rows):
 
         def psnr(name: str, count: int, by=by) -> float:
@@ -289,11 +298,16 @@ def gains_table(rows: list[dict]) -> str:
         blind = [best[c] - psnr(EXPECTED, c) for c in COUNTS]
         gain = mean(psnr(EXPECTED, c) - psnr("even", c) for c in COUNTS)
         firsts.append(above[11])
+        losses += below
         lines.append(
             f"| {' | '.join(key)} | {above[11]:+.1f} | {mean(above.values()):+.1f} | {mean(below):.1f} "
             f"| {max(below):.1f} +- {_standard_error(by, worst):.1f} | {gain:+.1f} | {max(blind):.1f} |"
         )
-    lines.append(f"\nAbove even spacing at 11 of 28 (40 %), mean of all rows: {mean(firsts):+.1f} dB.")
+    near = sum(loss <= NEAR_DB for loss in losses)
+    lines.append(
+        f"\nAbove even spacing at 11 of 28 (40 %), mean of all rows: {mean(firsts):+.1f} dB. Within {NEAR_DB} dB of "
+        f"the best schedule: {near} of {len(losses)} times, {mean(losses):.1f} dB below it on average."
+    )
     return "\n".join(lines)
 
 
