@@ -184,6 +184,22 @@ def test_expected_drift_and_error_are_those_of_another_prompt(lab, folder, name)
     assert 0.4 < sorted(errors)[1] / profile.about["predicted_error"] < 2.5
 
 
+@pytest.mark.parametrize("name", ["flux", "trained_unet"])
+def test_with_a_negative_prompt_a_mask_and_a_batch(lab, folder, name):
+    base, latent = taylor(getattr(lab, name)), lab.latent(getattr(lab, name), 2)
+    mask = torch.zeros(1, 1, 16, 16)
+    mask[..., 4:] = 1.0
+    wish = Wish(check=2)
+    guided = dataclasses.replace(job(lab, base, cfg=3.0), latent={"samples": latent, "noise_mask": mask})
+    with torch.inference_mode():
+        profile = calibrate(guided, wish)
+    assert profile.about["cfg"] == 3.0 and profile.about["measured_error"] < 0.2
+    profiles.save("mine", profile)
+    model = with_profile(getattr(lab, name), "mine.safetensors")
+    lab.sample(model, steps=28, cfg=3.0, batch=2)
+    assert lab.report(model)["computed"] == 11
+
+
 def test_a_drift_that_the_profile_did_not_expect_is_told(lab, folder):
     profile = calibrated(lab, taylor(lab.flux))
     profiles.save("hopeful", dataclasses.replace(profile, about={**profile.about, "predicted_drift": 0.001}))
