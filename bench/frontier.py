@@ -88,9 +88,10 @@ def measure(name: str, scheduler: str, pictures: int, runs: int) -> list[dict]:
     import comfy.samplers
     import torch
     from slipstream.demo import emoji
+    from slipstream.engine.choice import Search, evident
     from slipstream.engine.metrics import psnr, relative_error
     from slipstream.engine.profile import Profile
-    from slipstream.engine.search import Search, adjusted_sigmas, evident, step_coefficients
+    from slipstream.engine.search import adjusted_sigmas, step_coefficients
     from slipstream.host import events
     from slipstream.host import recording as calibration
     from slipstream.host.architectures import architecture_of

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+
+from engine.files import write_whole
 
 COLUMNS = ("name", "model", "sampler", "steps", "evaluations", "seconds", "psnr_db", "psnr_min_db")
 
@@ -26,9 +27,7 @@ def save(path: Path, rows: Sequence[dict]) -> None:
     """Write the rows under a temporary name, then rename; infinite numbers (identical results) become null."""
     path.parent.mkdir(parents=True, exist_ok=True)
     clean = [{k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in r.items()} for r in rows]
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(json.dumps(clean, indent=1) + "\n")
-    os.replace(temporary, path)
+    write_whole(path, (json.dumps(clean, indent=1) + "\n").encode())
 
 
 def table(rows: Sequence[dict], columns: Sequence[str] = COLUMNS) -> str:

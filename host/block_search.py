@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from ..engine.choice import Search
 from ..engine.ecad import Genome, evolve, missing
 from ..engine.metrics import relative_error
 from ..engine.profile import BLOCKS, Profile
-from ..engine.search import Search
 from .architectures import Architecture, architecture_of
 from .blocks import EACH, block_sizes
 from .profiles import fingerprint

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import comfy.model_management
 from torch import Tensor
 
+from ..engine.choice import SCHEDULES, Candidate, Search, evident
 from ..engine.metrics import psnr, relative_error
 from ..engine.profile import Point, Profile
-from ..engine.search import SCHEDULES, Candidate, Search, adjusted_sigmas, evident, step_coefficients
+from ..engine.search import adjusted_sigmas, step_coefficients
 from .architectures import architecture_of
 from .block_search import search_blocks, trouble
 from .errors import SlipstreamError

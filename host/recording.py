@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ..engine.calibration import Activations, Recorder
+from ..engine.choice import SCHEDULES, gaussian_jacobians, interpolated
 from ..engine.profile import Profile
-from ..engine.search import SCHEDULES, gaussian_jacobians, interpolated
 from ..engine.statistics import Statistics
 from .architectures import architecture_of
 from .errors import SlipstreamError

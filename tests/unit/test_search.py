@@ -9,23 +9,25 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from slipstream.engine.history import History
-from slipstream.engine.predictors import Predictor
-from slipstream.engine.search import (
+from slipstream.engine.choice import (
     SCHEDULES,
     STRETCH,
     Search,
+    error_effects,
+    evident,
+    gaussian_jacobians,
+    interpolated,
+)
+from slipstream.engine.history import History
+from slipstream.engine.predictors import Predictor
+from slipstream.engine.search import (
     adjusted_sigmas,
     brute_force,
     by_threshold,
     cachequant,
     drift_walk,
-    error_effects,
     ertacache_walk,
-    evident,
     forecast_aware,
-    gaussian_jacobians,
-    interpolated,
     magnitude_ratios,
     predicted_error,
     step_coefficients,
