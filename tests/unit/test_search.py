@@ -64,7 +64,7 @@ def test_the_gram_matrix_gives_the_true_forecast_error(predictor):
 
 
 @settings(max_examples=15, deadline=None)
-@given(st.integers(4, 10), st.integers(0, 100), st.sampled_from(PREDICTORS), st.data())
+@given(st.integers(4, 12), st.integers(0, 100), st.sampled_from(PREDICTORS), st.data())
 def test_the_programme_equals_brute_force(steps, seed, predictor, data):
     count = data.draw(st.integers(2, steps))
     weights = data.draw(st.lists(st.floats(0.1, 4.0), min_size=steps, max_size=steps))
