@@ -181,7 +181,7 @@ def test_what_is_no_profile_is_one_warning_and_writes_nothing(folder, case, capl
         {"prompt": {}, "extra_data": {"extra_pnginfo": {"workflow": None}}},
         {"prompt": {}, "extra_data": {"extra_pnginfo": [1]}},
         queued(NAME, embedded=["a", "list"]),
-        queued(["5", 0], 7, "none", embedded={}),
+        queued(["5", 0], 7, "none", "auto", embedded={}),
         {"prompt": {}, "extra_data": {"extra_pnginfo": {"workflow": {"nodes": 3, "definitions": {"subgraphs": [1]}}}}},
     ],
 )
