@@ -37,18 +37,18 @@ def files() -> list[str]:
     return folder_paths.get_filename_list(FOLDER)
 
 
-def load(name: str) -> Profile:
-    """Read a profile by the name in the list. Raises SlipstreamError."""
+def load(name: str, node: str = "Cache Loader") -> Profile:
+    """Read a profile by the name in the list, for a node. Raises SlipstreamError."""
     register()
     path = folder_paths.get_full_path(FOLDER, name)
     if path is None:
         raise SlipstreamError(
-            f"Cache Loader: there is no profile '{name}' in models/{FOLDER}; choose another, or none, or calibrate."
+            f"{node}: there is no profile '{name}' in models/{FOLDER}; choose another, or none, or calibrate."
         )
     try:
         return Profile.load(Path(path))
     except ProfileError as error:
-        raise SlipstreamError(f"Cache Loader: {error}; choose another profile, or none, or calibrate again.") from None
+        raise SlipstreamError(f"{node}: {error}; choose another profile, or none, or calibrate again.") from None
 
 
 def fitting(
@@ -108,9 +108,17 @@ def save(name: str, profile: Profile) -> str:
 
 
 def fingerprint(model) -> str:
-    """Which model a profile was measured on: its class, and names and shapes of its parameters, not their values."""
+    """Which model a profile was measured on: its class, and names and shapes of its parameters, not their values.
+
+    Of this patcher's own modules: another patcher's may lie in the network now (quantised layers).
+    """
     network = model.get_model_object("diffusion_model")
+    shapes = {}
+    for path, found in network.named_modules():
+        module = model.get_model_object(f"diffusion_model.{path}") if path else found
+        for name, parameter in module.named_parameters(recurse=False):
+            shapes[f"{path}.{name}" if path else name] = tuple(parameter.shape)
     digest = hashlib.sha256(type(model.model).__name__.encode())
-    for name, parameter in sorted(network.named_parameters()):
-        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+    for name, shape in sorted(shapes.items()):
+        digest.update(f"{name}{shape}".encode())
     return digest.hexdigest()[:16]

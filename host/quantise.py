@@ -38,11 +38,13 @@ from comfy.patcher_extension import CallbacksMP
 from torch import Tensor
 
 from ..quant import policy
+from ..quant.calibration import Statistics
 from ..quant.formats import FORMATS, GROUP_SIZE, QuantisedLinear
 from ..quant.layer import METHODS, Spec, quantise_group, sqnr, with_spec
 from ..quant.linear import W4A4Linear
 from ..quant.policy import Choice
 from ..quant.rotate import rotation_size
+from . import profiles
 from .errors import SlipstreamError
 
 log = logging.getLogger("slipstream")
@@ -50,6 +52,7 @@ log = logging.getLogger("slipstream")
 NODE = "W4A4 Quantize"
 KEY = "slipstream_quantised"
 PREFIX = "diffusion_model."
+ACTIVATION = "activation/"  # of a layer's statistics in a profile
 AUTO = "auto"
 CHOICES = (AUTO, *FORMATS)
 ACT_BITS = (4, 8, 16)
@@ -70,7 +73,8 @@ class QuantWish:
     format: "auto" (rotated groups with a low-rank branch, the best without data) or a key of FORMATS, for the layers
     that the policy gives 4 bit; rank: of the branch, 0 to 128; layers: lines `part of a layer name = treatment`, see
     `policy.parse_overrides`; act_bits: 4, 8 or 16, of "auto" and "svdquant_w4a4"; guard_db: layers below this signal
-    to noise on a made-up input get 8 or 16 bit, 0 leaves all.
+    to noise on a made-up input get 8 or 16 bit, 0 leaves all; profile: a calibration's file with activation statistics,
+    from whose ranges every layer's smooth factor is made, "" for none.
     """
 
     format: str = AUTO
@@ -78,6 +82,7 @@ class QuantWish:
     layers: str = ""
     act_bits: int = 4
     guard_db: float = 0.0
+    profile: str = ""
 
 
 class Quantised:
@@ -97,7 +102,7 @@ class Quantised:
 
 
 # What was quantised already: network -> wish -> Quantised; an entry goes with the last patcher that holds it.
-_MADE: weakref.WeakKeyDictionary[torch.nn.Module, weakref.WeakValueDictionary[QuantWish, Quantised]]
+_MADE: weakref.WeakKeyDictionary[torch.nn.Module, weakref.WeakValueDictionary[tuple[QuantWish, float], Quantised]]
 _MADE = weakref.WeakKeyDictionary()
 
 
@@ -107,7 +112,7 @@ def quantised(model) -> Quantised | None:
 
 
 def quantise(model, wish: QuantWish = QuantWish(), progress: Progress | None = None):
-    """A clone of the ModelPatcher whose linear layers are quantised without data; the model given is left as it was.
+    """A clone of the ModelPatcher whose linear layers are quantised; the model given is left as it was.
 
     progress: called with (layers done, layers in all) after every layer. LoRAs on the model, or added to the clone
     later, go on top of the quantised original weights. The same model and wish again, while the result of the first
@@ -118,11 +123,13 @@ def quantise(model, wish: QuantWish = QuantWish(), progress: Progress | None = N
         raise SlipstreamError(f"{NODE}: this model already went through a {NODE}; remove one of the two.")
     model = _static(model)
     made = _MADE.setdefault(model.model, weakref.WeakValueDictionary())
-    found = made.get(wish)
+    seen = _seen(model, wish.profile)
+    key = (wish, _content(seen))  # a profile of this name may be another one by now
+    found = made.get(key)
     if found is None:
         with torch.inference_mode(False), torch.no_grad():
-            found = _quantised_layers(model, wish, progress)
-        made[wish] = found
+            found = _quantised_layers(model, wish, seen, progress)
+        made[key] = found
     clone = model.clone()
     saved = 0
     for name, layer in found.layers.items():
@@ -172,7 +179,31 @@ def _linears(model) -> dict[str, torch.nn.Module]:
     return {name: module for name, module in found.items() if getattr(module, "weight", None) is not None}
 
 
-def _quantised_layers(model, wish: QuantWish, progress: Progress | None) -> Quantised:
+def _seen(model, name: str) -> dict[str, Statistics]:
+    """Activation statistics by layer from a profile; empty without one. Raises SlipstreamError."""
+    if not name:
+        return {}
+    profile = profiles.load(name, NODE)
+    layers = {key.split("/")[1] for key in profile.extras if key.startswith(ACTIVATION)}
+    if not layers:
+        raise SlipstreamError(
+            f"{NODE}: the profile {name} holds no activation statistics; calibrate again with activation_statistics on."
+        )
+    if profile.model and profile.model != profiles.fingerprint(model):
+        log.warning("%s: the profile %s was measured on another model; calibrate again for the best result", NODE, name)
+    tables = profile.extras
+    return {
+        layer: Statistics(tables[f"{ACTIVATION}{layer}/absmax"], tables[f"{ACTIVATION}{layer}/square"])
+        for layer in sorted(layers)
+    }
+
+
+def _content(seen: Mapping[str, Statistics]) -> float:
+    """A number that two sets of statistics hardly share."""
+    return float(sum(s.square.double().sum() + s.absmax.double().sum() for s in seen.values()))
+
+
+def _quantised_layers(model, wish: QuantWish, seen: Mapping[str, Statistics], progress: Progress | None) -> Quantised:
     network, linears = model.get_model_object("diffusion_model"), _linears(model)
     classes = [f"{kind.__module__}.{kind.__qualname__}" for kind in type(network).__mro__]
     shapes = {name: tuple(module.weight.shape) for name, module in linears.items()}
@@ -180,7 +211,9 @@ def _quantised_layers(model, wish: QuantWish, progress: Progress | None) -> Quan
         choices = policy.plan(shapes, policy.policy_for(classes), wish.layers, policy.LIMITS)
     except ValueError as error:
         raise SlipstreamError(f"{NODE}: {error}") from None
-    specs = {name: spec for name, choice in choices.items() if (spec := _spec(choice, wish, shapes[name]))}
+    specs = {
+        name: spec for name, choice in choices.items() if (spec := _spec(choice, wish, shapes[name], name in seen))
+    }
     for name in specs:
         _refuse_quantised(name, linears[name])
     if not specs:
@@ -197,15 +230,16 @@ def _quantised_layers(model, wish: QuantWish, progress: Progress | None) -> Quan
     done = 0
     for names in groups.values():
         comfy.model_management.throw_exception_if_processing_interrupted()
-        layers.update(_group(model, names, linears, specs, choices, wish))
+        layers.update(_group(model, names, linears, specs, choices, wish, seen.get(names[0])))
         done += len(names)
         if progress is not None:
             progress(done, len(specs))
     return Quantised(layers, choices)
 
 
-def _spec(choice: Choice, wish: QuantWish, shape: tuple[int, int]) -> Spec | None:
-    """How a layer of shape (N, K) is quantised; None: it stays. A width that 4-bit groups do not fit gets 8 bit."""
+def _spec(choice: Choice, wish: QuantWish, shape: tuple[int, int], seen: bool = False) -> Spec | None:
+    """How a layer of shape (N, K) is quantised; None: it stays. A width that 4-bit groups do not fit gets 8 bit. seen:
+    the ranges of its input are known."""
     n, k = shape
     if choice.treatment == "keep" or not rotation_size(k):
         return None
@@ -218,9 +252,9 @@ def _spec(choice: Choice, wish: QuantWish, shape: tuple[int, int]) -> Spec | Non
     name = {4: "svdquant_w4a4", 8: "w4a8", 16: "w4a16"}[bits]
     rotated = wish.format == AUTO and not choice.after_gelu
     base = METHODS["hadamard_svd"] if rotated else METHODS["svdquant"]
-    return with_spec(
-        base, format=name, rank=min(wish.rank, n, k), smooth="none", act_unsigned=choice.after_gelu and not rotated
-    )
+    smooth = "search" if seen else "none"
+    unsigned = choice.after_gelu and not rotated
+    return with_spec(base, format=name, rank=min(wish.rank, n, k), smooth=smooth, act_unsigned=unsigned)
 
 
 def _per_row(method: str, k: int) -> Spec:
@@ -274,6 +308,7 @@ def _group(
     specs: Mapping[str, Spec],
     choices: dict[str, Choice],
     wish: QuantWish,
+    seen: Statistics | None,
 ) -> dict[str, W4A4Linear]:
     """Quantise the layers of one group; the guard's changes are noted in `choices`."""
     weights = [original(model, name, linears[name]) for name in names]
@@ -281,7 +316,7 @@ def _group(
     biases = [None if (b := original(model, name, linears[name], "bias")) is None else b.clone() for name in names]
     spec = with_spec(specs[names[0]], rank=max(specs[name].rank for name in names))
     try:
-        found = dict(zip(names, quantise_group(weights, biases, spec).layers, strict=True))
+        found = dict(zip(names, quantise_group(weights, biases, spec, seen).layers, strict=True))
         if wish.guard_db:
             _guard(found, dict(zip(names, zip(weights, biases, strict=True), strict=True)), choices, wish.guard_db)
     except ValueError as error:

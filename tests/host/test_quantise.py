@@ -9,16 +9,21 @@ import math
 import comfy.lora
 import comfy.model_management
 import comfy.sample
+import comfy.samplers
 import comfy.sd
 import comfy.weight_adapter
 import families
+import folder_paths
 import pytest
 import torch
 from lab import relative
 from slipstream.demo import emoji
+from slipstream.host import profiles
 from slipstream.host import quantise as quantising
+from slipstream.host.calibrate import calibrate
 from slipstream.host.errors import SlipstreamError
 from slipstream.host.quantise import QuantWish, quantise, quantised
+from slipstream.host.recording import Job, Wish
 from slipstream.quant import policy
 from slipstream.quant.formats import FORMATS
 from slipstream.quant.layer import METHODS, quantise_linear, with_spec
@@ -536,3 +541,36 @@ def test_dynamic_models_are_quantised_as_their_static_copy(lab):
 
 def test_formats_offered_are_those_there_are():
     assert set(quantising.CHOICES) == {"auto", *FORMATS}
+
+
+def test_a_profile_gives_the_ranges_that_smooth_the_layers(lab, tmp_path, monkeypatch):
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, profiles.FOLDER, ([str(tmp_path)], {".safetensors"}))
+    monkeypatch.setattr(folder_paths, "filename_list_cache", {})
+    sigmas = comfy.samplers.calculate_sigmas(lab.flux.get_model_object("model_sampling"), "simple", 8)
+    runs = tuple((emoji.conditioning(prompt), 70 + i) for i, prompt in enumerate(emoji.PROMPTS[:2]))
+    job = Job(lab.flux, runs, emoji.conditioning(""), 1.0, comfy.samplers.sampler_object("euler"), sigmas,
+              {"samples": lab.latent(lab.flux)})  # fmt: skip
+    with torch.inference_mode():
+        profiles.save("seen", calibrate(job, Wish(speed_up=2.0, check=0, activations=True)))
+        profiles.save("bare", calibrate(job, Wish(speed_up=2.0, check=0)))
+    free, seen = quantise(lab.flux, QuantWish()), quantise(lab.flux, QuantWish(profile="seen.safetensors"))
+    layer = seen.get_model_object(QKV)
+    assert not torch.equal(layer.weight_smooth_factor, torch.ones_like(layer.weight_smooth_factor))
+    assert torch.equal(free.get_model_object(QKV).weight_smooth_factor, torch.ones_like(layer.weight_smooth_factor))
+    plain = plain_sample(lab, lab.flux, batch=4, seed=9)
+    assert psnr(plain_sample(lab, seen, batch=4, seed=9), plain) > 30
+    with pytest.raises(
+        SlipstreamError, match=r"W4A4 Quantize: the profile bare.* calibrate again with activation_stat"
+    ):
+        quantise(lab.flux, QuantWish(profile="bare.safetensors"))
+    with pytest.raises(SlipstreamError, match=r"W4A4 Quantize: there is no profile 'gone'"):
+        quantise(lab.flux, QuantWish(profile="gone"))
+
+
+def test_a_fingerprint_does_not_depend_on_what_is_loaded(lab):
+    base, clone = lab.flux, quantise(lab.flux, QuantWish())
+    before = profiles.fingerprint(base), profiles.fingerprint(clone)
+    assert before[0] != before[1]
+    for model in (clone, base, clone):
+        plain_sample(lab, model)
+        assert (profiles.fingerprint(base), profiles.fingerprint(clone)) == before
