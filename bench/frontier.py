@@ -192,7 +192,7 @@ def blocks(label: str, scheduler: str, seen, unseen, truth, calibration) -> list
     few = dataclasses.replace(seen, runs=seen.runs[:3])
     with torch.inference_mode():
         recorded = calibration.record(few)
-    values = tuple(float(s) for s in seen.sigmas)
+    values = seen.values
 
     def results(table, job) -> list:
         model = calibration.following(

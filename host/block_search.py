@@ -34,7 +34,7 @@ def search_blocks(job: Job, wish: Wish, recorded: Recorded, search: Search, prog
     network = job.model.get_model_object("diffusion_model")
     row = architecture_of(network)
     sizes = block_sizes(network, row)
-    values = tuple(float(s) for s in job.sigmas)
+    values = job.values
     steps, held_out = len(values) - 1, len(job.runs) - 1
     count = 0
 

@@ -69,7 +69,7 @@ def calibrate(job: Job, wish: Wish | None = None, progress: Progress = silent) -
     """
     wish = wish or Wish()
     recipe = _checked(job, wish)
-    values = tuple(float(s) for s in job.sigmas)
+    values = job.values
     steps = len(values) - 1
     recorded = record(job, wish, progress)
     statistics = recorded.statistics
@@ -150,7 +150,7 @@ def _checked(job: Job, wish: Wish) -> Recipe:
     plan = plan_of(job.model)
     row = architecture_of(job.model.get_model_object("diffusion_model"))
     cache = None if plan.cache is None else dataclasses.replace(plan.cache, profile="")
-    recipe = resolve(Plan(cache, plan.predictor), traits, row, tuple(float(s) for s in job.sigmas))
+    recipe = resolve(Plan(cache, plan.predictor), traits, row, job.values)
     if recipe.refusal:
         raise SlipstreamError(f"{NODE}: {recipe.refusal}.")
     if recipe.predictor.order > HIGHEST_ORDER or recipe.predictor.anchors > HIGHEST_ORDER + 1:
@@ -229,7 +229,7 @@ def _check(
     scores = {}
     for number, candidate in enumerate(tried, 1):
         profile = Profile(
-            candidate.keys, tuple(float(s) for s in job.sigmas), search.statistics, fingerprint(job.model),
+            candidate.keys, job.values, search.statistics, fingerprint(job.model),
             recipe.level, described(recipe.predictor),
         )  # fmt: skip
         model = following(job.model, profile)

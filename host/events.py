@@ -19,21 +19,21 @@ _reports: OrderedDict[str, dict] = OrderedDict()
 _lock = threading.Lock()
 
 
-def _server():
+def server_of_host():
     """The host's server if this process has one; tests and scripts have none."""
     module = sys.modules.get("server")
     return getattr(getattr(module, "PromptServer", None), "instance", None)
 
 
 def _send(name: str, data: dict) -> None:
-    server = _server()
+    server = server_of_host()
     if server is not None:
         server.send_sync(name, data, server.client_id)
 
 
 def evaluation(run, now) -> None:
     """Send what became of one evaluation to the canvas."""
-    if _server() is None:
+    if server_of_host() is None:
         return
     _send(
         EVENT,
@@ -62,7 +62,7 @@ def finished(run, report: dict) -> None:
             _reports.move_to_end(node)
         while len(_reports) > KEPT_REPORTS:
             _reports.popitem(last=False)
-    server = _server()
+    server = server_of_host()
     if server is None:
         return
     numbers = {k: v for k, v in report.items() if k != "trace"}
@@ -73,7 +73,7 @@ def finished(run, report: dict) -> None:
 
 def show(node_id: str, text: str) -> None:
     """Put a text on a node of the canvas."""
-    server = _server()
+    server = server_of_host()
     if server is not None and node_id:
         server.send_progress_text(text, node_id, server.client_id)
 

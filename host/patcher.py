@@ -101,10 +101,6 @@ def _patched_forwards(patcher, plan: Plan) -> dict[str, PatchedForward]:
 
 def add_cache(model, config: CacheConfig):
     """A clone of the model with the Cache Loader's part added. Raises SlipstreamError."""
-    if config.profile not in ("", profiles.AUTO):
-        profiles.load(
-            config.profile
-        )  # a file that cannot be read is told when the node runs, not when the sampler does
     return _add(model, "Cache Loader", cache=check_cache(config))
 
 

@@ -46,6 +46,11 @@ class Job:
     sigmas: Tensor
     latent: dict
 
+    @property
+    def values(self) -> tuple[float, ...]:
+        """The sigmas as numbers, n + 1 for n steps."""
+        return tuple(float(s) for s in self.sigmas)
+
     def sample(self, model, run: int, callback: Callable | None = None) -> Tensor:
         """The final latent of one calibration run with this model."""
         positive, seed = self.runs[run]
@@ -146,7 +151,7 @@ def growth_of(job: Job, recorded: Recorded) -> tuple[float, ...]:
     if recorded.growth:
         return interpolated(recorded.growth, steps)
     flow = isinstance(job.model.get_model_object("model_sampling"), comfy.model_sampling.CONST)
-    return gaussian_jacobians([float(s) for s in job.sigmas], 1.0, flow)
+    return gaussian_jacobians(job.values, 1.0, flow)
 
 
 def about(job: Job, recorded: Recorded) -> dict:

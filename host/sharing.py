@@ -11,7 +11,6 @@ import base64
 import dataclasses
 import hashlib
 import logging
-import sys
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -22,6 +21,7 @@ from aiohttp import web
 from ..engine.profile import BLOCKS, Profile, ProfileError
 from . import profiles
 from .errors import SlipstreamError
+from .events import server_of_host
 
 log = logging.getLogger("slipstream")
 
@@ -36,7 +36,7 @@ LARGEST_TEXT = 8 << 20
 
 def register() -> None:
     """Add the handler and the routes to the host's server, once; does nothing in a process that has none."""
-    server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
+    server = server_of_host()
     if not hasattr(server, "add_on_prompt_handler") or on_prompt in server.on_prompt_handlers:
         return
     server.add_on_prompt_handler(on_prompt)

@@ -18,6 +18,7 @@ import pytest
 import torch
 from lab import relative
 from slipstream.demo import emoji
+from slipstream.engine.metrics import psnr
 from slipstream.host import profiles
 from slipstream.host import quantise as quantising
 from slipstream.host.calibrate import calibrate
@@ -32,11 +33,6 @@ from slipstream.quant.linear import TOLERANCE, W4A4Linear, factors_of
 MLP = "diffusion_model.double_blocks.0.img_mlp.0"
 QKV = "diffusion_model.double_blocks.0.img_attn.qkv"
 PROJ = "diffusion_model.single_blocks.0.linear2"
-
-
-def psnr(value: torch.Tensor, reference: torch.Tensor) -> float:
-    error = (value - reference).square().mean()
-    return float(10 * torch.log10((reference.max() - reference.min()).square() / error))
 
 
 def plain_sample(lab, model, **options):
