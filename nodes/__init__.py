@@ -15,6 +15,10 @@ NODES = {
     "taylor_predictor": "TaylorPredictor",
     "report": "Report",
     "calibrate": "Calibrate",
+    "w4a4_quantize": "W4A4Quantize",
+    "save_quantised": "SaveQuantisedModel",
+    "load_quantised": "LoadQuantisedModel",
+    "quantise_file": "QuantiseFile",
 }
 
 

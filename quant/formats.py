@@ -20,7 +20,17 @@ from torch import Tensor
 from ..kernels.reference import GELU_SHIFT, convrot_linear, pack_int4, unpack_int4, w4a4_linear
 from .rotate import rotate
 
-__all__ = ["FORMATS", "GELU_SHIFT", "Format", "QuantisedLinear", "pack_int4", "packed_bytes", "unpack_int4"]
+__all__ = [
+    "FORMATS",
+    "GELU_SHIFT",
+    "Format",
+    "QuantisedLinear",
+    "QuantisedSplit",
+    "pack_int4",
+    "packed_bytes",
+    "read_layer",
+    "unpack_int4",
+]
 
 GROUP_SIZE = 64  # one k-step of the 4-bit tensor core instruction, and the only size that SVDQuant files have
 DTYPES = {"torch.bfloat16": torch.bfloat16, "torch.float16": torch.float16, "torch.float32": torch.float32}
@@ -48,6 +58,9 @@ BY_ACT_BITS = {row.act_bits: name for name, row in FORMATS.items() if not row.pe
 
 # A reader that knows `svdquant_w4a4` and no rotation would compute nonsense, so rotated groups carry a name of ours.
 ROTATED = "slipstream_hadamard_w4a4"
+
+# A layer in parts along K, `prefix.part0.weight` and so on, each a layer with a description of its own.
+SPLIT = "slipstream_split"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -198,18 +211,18 @@ class QuantisedLinear:
 
     def description(self) -> dict[str, object]:
         """The JSON of `comfy_quant`: what a reader needs beside the tensors."""
-        row = FORMATS[self.format]
+        row, dtype = FORMATS[self.format], str(self.dtype)
         if self.format == "convrot_w4a4":
-            return {"format": row.disk, "convrot_groupsize": self.rotation}
+            return {"format": row.disk, "convrot_groupsize": self.rotation, "orig_dtype": dtype}
         if self.format == "int8_convrot":
-            return {"format": row.disk, "convrot": True, "convrot_groupsize": self.rotation}
+            return {"format": row.disk, "convrot": True, "convrot_groupsize": self.rotation, "orig_dtype": dtype}
         found: dict[str, object] = {
             "format": ROTATED if self.rotation else row.disk,
             "group_size": self.group_size,
             "rank": self.rank,
             "act_unsigned": self.act_unsigned,
             "act_bits": self.act_bits,
-            "orig_dtype": str(self.dtype),
+            "orig_dtype": dtype,
             "orig_shape": list(self.shape),
         }
         if self.rotation:
@@ -224,8 +237,7 @@ class QuantisedLinear:
         if FORMATS[self.format].per_row and self.rank:
             raise ValueError(f"{self.format} files cannot hold a low-rank branch; save the layer without its LoRA")
         found = {f"{prefix}.{name}": tensor.contiguous() for name, tensor in self.tensors.items()}
-        text = json.dumps(self.description()).encode()
-        found[f"{prefix}.comfy_quant"] = torch.tensor(list(text), dtype=torch.uint8)
+        found[f"{prefix}.comfy_quant"] = json_tensor(self.description())
         return found
 
     @classmethod
@@ -234,7 +246,7 @@ class QuantisedLinear:
 
         Raises ValueError in one sentence when a tensor is missing, the JSON cannot be read or the format is unknown.
         """
-        found = _description(prefix, tensors)
+        found = description_of(prefix, tensors)
         missing = [name for name in ("weight", "weight_scale") if f"{prefix}.{name}" not in tensors]
         if missing:
             raise ValueError(f"{prefix} has no {missing[0]}, so it is not a whole quantised layer")
@@ -251,7 +263,7 @@ class QuantisedLinear:
             n, k = weight.shape[0], weight.shape[1] * 8 // bits
             scale = scale.float().reshape((n,) if bits == 4 else (n, 1)) if scale.numel() == n else scale
             own = "convrot_w4a4" if bits == 4 else "int8_convrot"
-            dtype = torch.bfloat16 if bias is None else bias.dtype
+            dtype = DTYPES.get(str(found.get("orig_dtype")), torch.bfloat16 if bias is None else bias.dtype)
             layer = cls(own, (n, k), dtype, weight, scale, bias=bias, rotation=rotation)
         elif name in ("svdquant_w4a4", ROTATED):
             bits = _integer(prefix, found, "act_bits", 4)
@@ -279,7 +291,87 @@ class QuantisedLinear:
         return layer
 
 
-def _description(prefix: str, tensors: Mapping[str, Tensor]) -> dict:
+@dataclass(frozen=True, slots=True, eq=False)
+class QuantisedSplit:
+    """A linear layer behind a concatenation: parts along K, each on its own channels, whose outputs add up.
+
+    parts: at least one, of one N and one dtype. Raises ValueError for others.
+    """
+
+    parts: tuple[QuantisedLinear, ...]
+
+    def __post_init__(self) -> None:
+        if len({(part.shape[0], part.dtype) for part in self.parts}) != 1:
+            raise ValueError("the parts of a split layer need one number of outputs and one dtype")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K) of the whole layer."""
+        return self.parts[0].shape[0], sum(part.shape[1] for part in self.parts)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the original weight."""
+        return self.parts[0].dtype
+
+    @property
+    def format(self) -> str:
+        """Of the first part."""
+        return self.parts[0].format
+
+    @property
+    def rank(self) -> int:
+        """Of the widest low-rank branch."""
+        return max(part.rank for part in self.parts)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(part.nbytes for part in self.parts)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The layer's output (..., N) by the exact reference, in x's dtype."""
+        if x.shape[-1] != self.shape[1]:
+            raise ValueError(f"the layer takes {self.shape[1]} channels, got {x.shape[-1]}")
+        pieces = x.split([part.shape[1] for part in self.parts], -1)
+        outputs = [part(piece) for part, piece in zip(self.parts, pieces, strict=True)]
+        return torch.stack(outputs).sum(0)
+
+    def dequantise(self) -> Tensor:
+        """The weight this layer computes with when activations are not rounded, float32 (N, K)."""
+        return torch.cat([part.dequantise() for part in self.parts], 1)
+
+    def description(self) -> dict[str, object]:
+        """The JSON of `comfy_quant`; each part has its own beside it."""
+        return {"format": SPLIT, "parts": len(self.parts), "orig_dtype": str(self.dtype), "orig_shape": [*self.shape]}
+
+    def state_dict(self, prefix: str) -> dict[str, Tensor]:
+        """The parts under `prefix.part0`, ... and the description. Raises ValueError as `QuantisedLinear` does."""
+        found = {f"{prefix}.comfy_quant": json_tensor(self.description())}
+        for i, part in enumerate(self.parts):
+            found |= part.state_dict(f"{prefix}.part{i}")
+        return found
+
+
+def read_layer(prefix: str, tensors: Mapping[str, Tensor]) -> QuantisedLinear | QuantisedSplit:
+    """Read a layer of any kind this version knows; see `QuantisedLinear.from_state_dict`."""
+    found = description_of(prefix, tensors)
+    if found.get("format") != SPLIT:
+        return QuantisedLinear.from_state_dict(prefix, tensors)
+    count = _integer(prefix, found, "parts", 0)
+    layer = QuantisedSplit(tuple(QuantisedLinear.from_state_dict(f"{prefix}.part{i}", tensors) for i in range(count)))
+    if list(layer.shape) != found.get("orig_shape"):
+        raise ValueError(f"{prefix} says it is {found.get('orig_shape')} but its parts are {list(layer.shape)}")
+    return layer
+
+
+def json_tensor(description: Mapping[str, object]) -> Tensor:
+    """A description as the bytes of its JSON, uint8: what `comfy_quant` is."""
+    return torch.tensor(list(json.dumps(description).encode()), dtype=torch.uint8)
+
+
+def description_of(prefix: str, tensors: Mapping[str, Tensor]) -> dict:
+    """The JSON of a layer's `comfy_quant`. Raises ValueError where it is missing or damaged."""
     raw = tensors.get(f"{prefix}.comfy_quant")
     if raw is None:
         raise ValueError(f"{prefix} has no comfy_quant, so it is not a quantised layer")

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from .formats import QuantisedLinear
+from .formats import QuantisedLinear, QuantisedSplit
 from .svd import truncated_svd
 
 # Ranks tried in turn for a change of the weight that is known only as a matrix; more bytes than the packed weight has
@@ -29,6 +29,21 @@ RANKS = (16, 64, 256)
 
 # How much of such a change may be lost before the next rank is tried, relative: below the rounding of 16-bit factors.
 TOLERANCE = 5e-4
+
+
+# What a part may have, by name on disk.
+TENSORS = ("weight", "weight_scale", "weight_proj_down", "weight_proj_up", "weight_smooth_factor", "bias")
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """What a layer is beside its tensors; see `QuantisedLinear`."""
+
+    format: str
+    shape: tuple[int, int]
+    group_size: int
+    act_unsigned: bool
+    rotation: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -40,27 +55,32 @@ class _Change:
     down: Tensor | None = None
     up: Tensor | None = None
     bias: Tensor | None = None
-    whole: QuantisedLinear | None = None
+    whole: QuantisedLinear | QuantisedSplit | None = None
     mark: object = None
 
 
 class W4A4Linear(torch.nn.Linear):
     """`QuantisedLinear` as a module: forward (..., K) -> (..., N) by the exact reference, in x's dtype, no gradients.
 
+    A `QuantisedSplit` is one module too, a leaf that a host moves and measures as one: the tensors of its first part
+    under their own names, those of part 1 as `part1_weight` and so on. A LoRA's down matrix is cut along K.
     Parameters may lie on another device than x and are then copied for the call. No conversion of the module (`half()`,
     `to(dtype)`) changes a parameter's dtype: codes and scales mean something only as they were stored.
     managed: set by a host that gives every LoRA with `set_lora` when its loading is over; `set_weight` and `set_bias`
     then do nothing. lora_error: part of the last change, relative, that the branch could not hold.
     """
 
-    def __init__(self, layer: QuantisedLinear) -> None:
+    def __init__(self, layer: QuantisedLinear | QuantisedSplit) -> None:
         torch.nn.Module.__init__(self)  # Linear's own would allocate the whole weight
         self.out_features, self.in_features = layer.shape
         self.register_parameter("bias", None)
-        for name, tensor in layer.tensors.items():
-            self.register_parameter(name, Parameter(tensor.detach(), requires_grad=False))
+        parts = layer.parts if isinstance(layer, QuantisedSplit) else (layer,)
+        for i, part in enumerate(parts):
+            for name, tensor in part.tensors.items():
+                self.register_parameter(_part_name(i, name), Parameter(tensor.detach(), requires_grad=False))
+        self._parts = tuple(_Part(p.format, p.shape, p.group_size, p.act_unsigned, p.rotation) for p in parts)
         self.format, self.original_dtype = layer.format, layer.dtype
-        self.group_size, self.act_unsigned, self.rotation = layer.group_size, layer.act_unsigned, layer.rotation
+        self.rotation = parts[0].rotation
         self.managed, self.lora_error = False, 0.0
         self._change = _Change(self.weight)
 
@@ -79,7 +99,7 @@ class W4A4Linear(torch.nn.Linear):
     def _current(self) -> _Change | None:
         return self._change if self._change.on is self.weight else None
 
-    def layer(self, device: torch.device | None = None, lora: bool = True) -> QuantisedLinear:
+    def layer(self, device: torch.device | None = None, lora: bool = True) -> QuantisedLinear | QuantisedSplit:
         """The layer as it computes now, its tensors on `device` (None: where they are), with or without its LoRA."""
 
         def there(tensor: Tensor | None) -> Tensor | None:
@@ -92,26 +112,33 @@ class W4A4Linear(torch.nn.Linear):
         current = self._current() if lora else None
         if current is not None and current.whole is not None:
             return _each_tensor(current.whole, there)
-        found = self._parameters.get
-        down, up, bias = there(found("weight_proj_down")), there(found("weight_proj_up")), there(self.bias)
-        if current is not None and current.down is not None:
-            down, up = _beside(down, there(current.down)), _beside(up, there(current.up))
-        if current is not None and current.bias is not None:
-            bias = there(current.bias) if bias is None else bias.float() + there(current.bias)
-        return QuantisedLinear(
-            self.format,
-            (self.out_features, self.in_features),
-            self.original_dtype,
-            there(self.weight),
-            there(self.weight_scale),
-            down,
-            up,
-            there(found("weight_smooth_factor")),
-            bias,
-            self.group_size,
-            self.act_unsigned,
-            self.rotation,
-        )
+        parts, start = [], 0
+        for i, part in enumerate(self._parts):
+            stop = start + part.shape[1]
+            found = {name: there(self._parameters.get(_part_name(i, name))) for name in TENSORS}
+            down, up, bias = found["weight_proj_down"], found["weight_proj_up"], found["bias"]
+            if current is not None and current.down is not None:
+                down, up = _beside(down, there(current.down[start:stop])), _beside(up, there(current.up))
+            if current is not None and current.bias is not None and not i:
+                bias = there(current.bias) if bias is None else bias.float() + there(current.bias)
+            parts.append(
+                QuantisedLinear(
+                    part.format,
+                    part.shape,
+                    self.original_dtype,
+                    found["weight"],
+                    found["weight_scale"],
+                    down,
+                    up,
+                    found["weight_smooth_factor"],
+                    bias,
+                    part.group_size,
+                    part.act_unsigned,
+                    part.rotation,
+                )
+            )
+            start = stop
+        return parts[0] if len(parts) == 1 else QuantisedSplit(tuple(parts))
 
     def forward(self, input: Tensor) -> Tensor:
         """input: float (..., K), contiguous or not, empty or not. Raises ValueError when the channels differ."""
@@ -135,7 +162,7 @@ class W4A4Linear(torch.nn.Linear):
         bias = None if bias is None else bias.detach().float().to(self.weight.device)
         self._change, self.lora_error = _Change(self.weight, down, up, bias, mark=mark), 0.0
 
-    def set_whole(self, layer: QuantisedLinear, mark: object = None) -> None:
+    def set_whole(self, layer: QuantisedLinear | QuantisedSplit, mark: object = None) -> None:
         """Compute with `layer`, quantised anew from a patched weight, as long as it is not replaced or taken off.
 
         For changes that no branch can hold. Raises ValueError when the shape is another one.
@@ -236,7 +263,15 @@ def _refuse_hooks(inplace_update: bool) -> None:
         )
 
 
-def _each_tensor(layer: QuantisedLinear, fn: Callable[[Tensor], Tensor]) -> QuantisedLinear:
+def _part_name(part: int, name: str) -> str:
+    return name if not part else f"part{part}_{name}"
+
+
+def _each_tensor(
+    layer: QuantisedLinear | QuantisedSplit, fn: Callable[[Tensor], Tensor]
+) -> QuantisedLinear | QuantisedSplit:
+    if isinstance(layer, QuantisedSplit):
+        return QuantisedSplit(tuple(_each_tensor(part, fn) for part in layer.parts))
     names = ("weight", "weight_scale", "proj_down", "proj_up", "smooth", "bias")
     tensors = {name: tensor for name in names if (tensor := getattr(layer, name)) is not None}
     return dataclasses.replace(layer, **{name: fn(tensor) for name, tensor in tensors.items()})

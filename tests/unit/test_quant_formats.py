@@ -18,8 +18,9 @@ from slipstream.kernels.reference import (
     unpack_int4,
     w4a4_linear,
 )
-from slipstream.quant.formats import QuantisedLinear, packed_bytes
-from slipstream.quant.layer import METHODS, Spec, Statistics, quantise_linear
+from slipstream.quant.formats import QuantisedLinear, QuantisedSplit, json_tensor, packed_bytes, read_layer
+from slipstream.quant.layer import METHODS, Spec, Statistics, quantise_linear, quantise_split
+from slipstream.quant.linear import W4A4Linear
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -128,7 +129,11 @@ def test_the_names_on_disk_are_the_documented_ones():
     found = layer_of(METHODS["convrot"]).state_dict("P")
     assert set(found) == {"P.weight", "P.weight_scale", "P.bias", "P.comfy_quant"}
     assert found["P.weight_scale"].shape == (48,) and found["P.weight_scale"].dtype == torch.float32
-    assert json.loads(bytes(found["P.comfy_quant"].tolist())) == {"format": "convrot_w4a4", "convrot_groupsize": 256}
+    assert json.loads(bytes(found["P.comfy_quant"].tolist())) == {
+        "format": "convrot_w4a4",
+        "convrot_groupsize": 256,
+        "orig_dtype": "torch.float32",
+    }
 
 
 def test_rotated_groups_are_not_sold_as_svdquant():
@@ -250,3 +255,60 @@ def test_convrot_rejects_another_width():
     layer = layer_of(METHODS["convrot"])
     with pytest.raises(ValueError, match="takes 256 channels"):
         convrot_linear(normal(2, 128), layer.weight, layer.weight_scale)
+
+
+def split_of(method: str = "svdquant") -> tuple[torch.Tensor, QuantisedSplit]:
+    weight, spec = normal(48, 320) * 0.05, dataclasses.replace(METHODS[method], rank=8, smooth="none")
+    specs = [spec, dataclasses.replace(spec, act_unsigned=True)]
+    return weight, QuantisedSplit(quantise_split(weight, normal(48, seed=1), specs, [128]))
+
+
+def test_a_layer_in_parts_is_the_sum_of_its_parts():
+    """As a layer, as a module, and as what a LoRA changes in it; `part1` on disk is a layer of its own."""
+    weight, split = split_of()
+    x = normal(2, 5, 320, seed=2)
+    parts = [part(piece) for part, piece in zip(split.parts, x.split([128, 192], -1), strict=True)]
+    assert torch.equal(split(x), parts[0] + parts[1]) and split.shape == (48, 320)
+    assert (split.dequantise() - weight).norm() < 0.15 * weight.norm()
+    module = W4A4Linear(split)
+    assert torch.equal(module(x), split(x)) and (module.out_features, module.in_features) == (48, 320)
+    assert sum(t.numel() * t.element_size() for t in module.state_dict().values()) == split.nbytes
+    assert "weight" in module.state_dict() and not list(module.children())
+    assert torch.equal(module.convert_weight(module.weight), split.dequantise())
+    down, up = normal(320, 3, seed=4), normal(48, 3, seed=5)
+    module.set_lora(down, up, torch.ones(48))
+    expected = split(x) + x @ down @ up.T + 1
+    assert (module(x) - expected).norm() < 1e-5 * expected.norm() and module.layer(lora=False).rank == 8
+    stored = module.layer()
+    again = read_layer("a", stored.state_dict("a"))
+    assert again.description() == stored.description() and torch.equal(again(x), module(x))
+    module.set_lora(None, None)
+    assert torch.equal(module(x), split(x))
+    with pytest.raises(ValueError, match="takes 320 channels"):
+        split(x[..., :64])
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        ({"a.part1.weight": None}, "a.part1 has no weight"),
+        ({"a.part1.comfy_quant": None}, "a.part1 has no comfy_quant"),
+        ({"a.comfy_quant": {"format": "slipstream_split", "parts": 0}}, "a has parts 0"),
+        ({"a.comfy_quant": {"format": "slipstream_split", "parts": 1}}, "a says it is None"),
+    ],
+)
+def test_a_damaged_layer_in_parts_is_one_sentence(damage, words):
+    tensors = split_of()[1].state_dict("a")
+    for name, value in damage.items():
+        if value is None:
+            del tensors[name]
+        else:
+            tensors[name] = json_tensor(value)
+    with pytest.raises(ValueError, match=words):
+        read_layer("a", tensors)
+
+
+def test_parts_of_other_heights_are_refused():
+    one, other = layer_of(METHODS["convrot"]), layer_of(METHODS["convrot"], n=32)
+    with pytest.raises(ValueError, match="one number of outputs"):
+        QuantisedSplit((one, other))

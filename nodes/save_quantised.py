@@ -1,0 +1,41 @@
+"""Save Quantized Model: one safetensors file in the host's own quantised layout where it has one."""
+
+from __future__ import annotations
+
+import comfy.utils
+from comfy_api.latest import io
+
+from ..host.events import show
+from ..host.quant_files import save
+from .schema import schema, widget
+
+
+class SaveQuantisedModel(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="SlipstreamSaveModel",
+            display_name="Save Quantized Model",
+            description=(
+                "Writes a quantised model, LoRAs included, to models/diffusion_models. Load it with Load Quantized "
+                "Model, or, in the formats the host knows, with the host's own loader."
+            ),
+            search_aliases=["save", "svdquant", "int4", "4bit", "export"],
+            is_output_node=True,
+            inputs=[
+                io.Model.Input("model", tooltip="After W4A4 Quantize, with the LoRAs that are to be part of the file."),
+                widget(
+                    io.String.Input, "name", default="my_model_w4a4",
+                    tooltip="File name in models/diffusion_models. An older file of this name is replaced.",
+                ),
+            ],
+            outputs=[io.String.Output(display_name="file")],
+            hidden=[io.Hidden.unique_id],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, model, name) -> io.NodeOutput:
+        bar = comfy.utils.ProgressBar(1)
+        written, text = save(model, name, lambda done, total: bar.update_absolute(done, total))
+        show(str(cls.hidden.unique_id or ""), text)
+        return io.NodeOutput(written)
