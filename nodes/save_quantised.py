@@ -28,13 +28,17 @@ class SaveQuantisedModel(io.ComfyNode):
                     io.String.Input, "name", default="my_model_w4a4",
                     tooltip="File name in models/diffusion_models. An older file of this name is replaced.",
                 ),
+                io.Latent.Input(
+                    "after", optional=True,
+                    tooltip="With calibration on the first run: the sampler's latent, so that it is saved after that run.",
+                ),
             ],
             outputs=[io.String.Output(display_name="file")],
             hidden=[io.Hidden.unique_id],
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, model, name) -> io.NodeOutput:
+    def execute(cls, model, name, after=None) -> io.NodeOutput:
         bar = comfy.utils.ProgressBar(1)
         written, text = save(model, name, lambda done, total: bar.update_absolute(done, total))
         show(str(cls.hidden.unique_id or ""), text)
