@@ -19,6 +19,7 @@ NODES = {
     "save_quantised": "SaveQuantisedModel",
     "load_quantised": "LoadQuantisedModel",
     "quantise_file": "QuantiseFile",
+    "remote_segment": "RemoteSegmentNode",
 }
 
 

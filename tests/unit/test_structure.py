@@ -52,6 +52,8 @@ def test_the_registry_rules_hold(path):
             name = getattr(node.func, "id", getattr(node.func, "attr", ""))
             assert name not in ("eval", "exec", "system", "Popen", "print"), f"{path.name}:{node.lineno} {name}"
     banned = {"subprocess", "requests", "urllib", "pickle", "socket"}
+    if path.name == "remote_http.py":
+        banned -= {"urllib"}  # the one file that speaks to another server
     assert not banned & {name.split(".")[0] for name in imports(path)}
     assert not re.search(r"torch\.load\(|/(?:home|root|tmp|usr)/", source)
 
