@@ -20,6 +20,8 @@ NODES = {
     "load_quantised": "LoadQuantisedModel",
     "quantise_file": "QuantiseFile",
     "remote_segment": "RemoteSegmentNode",
+    "hybrid_switch": "HybridSwitch",
+    "load_pruned_unet": "LoadPrunedUNet",
 }
 
 
