@@ -9,17 +9,15 @@ quantiser's, not the layer's.
 
 from __future__ import annotations
 
-import dataclasses
-import tempfile
 import time
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from . import quant_models
 from .boot import ROOT, boot
-from .fidelity import PROMPTS as HELD_OUT_PROMPTS
-from .rows import mean, mean_db, save, table
+from .rows import save, table
 
 OUT = ROOT / "bench" / "out" / "quant_quality.json"
 PAGE = ROOT / "docs" / "quant_quality.md"
@@ -27,19 +25,13 @@ WIDTH = 1024
 MAGNITUDES = (1, 10, 30, 100)
 CALIBRATION, HELD_OUT = 4096, 512
 LARGE = (3072, 12288)
-STEPS, PICTURES = 30, 6
-SEEN = "seen.safetensors"
+TIMED = (2048, 2048)
 
-# What the whole models are quantised to.
+# What the host's node is asked for.
 WISHES = {
-    "auto: Hadamard + low-rank branch, W4A4": {},
-    "the same, 8-bit activations": {"act_bits": 8},
-    "the same, 16-bit activations": {"act_bits": 16},
-    "auto without branch": {"rank": 0},
-    "auto, smoothed by a profile's ranges": {"profile": SEEN},
-    "svdquant_w4a4, not smoothed": {"format": "svdquant_w4a4"},
-    "svdquant_w4a4, smoothed by a profile's ranges": {"format": "svdquant_w4a4", "profile": SEEN},
-    "RTN: svdquant_w4a4 without branch": {"format": "svdquant_w4a4", "rank": 0},
+    "auto": {},
+    "auto, 8-bit activations": {"act_bits": 8},
+    "svdquant_w4a4": {"format": "svdquant_w4a4"},
     "convrot_w4a4": {"format": "convrot_w4a4"},
     "int8_convrot": {"format": "int8_convrot"},
 }
@@ -63,30 +55,64 @@ as long.
 """
 
 LARGE_HEAD = """
-## A layer of {n} x {k}
+## Time and memory
 
-No GPTQ, {threads} thread(s) on a shared machine. The methods are those of METHODS in `quant/layer.py`; `svdquant` tries
-seven smooth factors on 128 of 512 rows. Peak: what the process held at most beyond what it held before; the weight
-itself ({weight:.0f} MB in bfloat16) is not in it.
+Layers of {n} x {k} and of {m} x {m}, {threads} thread(s) on a shared machine. The methods are those of METHODS in
+`quant/layer.py`; the calibrated ones try seven smooth factors on 128 of 512 rows, GPTQ has the Hessian of 1024. Peak:
+what the process held at most beyond what it held before, so without the weight itself ({weight:.0f} MB of the larger
+one in bfloat16) and the statistics; 0 where memory left over from the method before was enough.
 
 """
 
 MODELS_HEAD = """
 ## Whole models
 
-The trained small models, quantised in the host by the policy of their family, without data or with the ranges of a
-profile that was calibrated on four other prompts, {steps} euler steps, cfg 1, {pictures} held-out pictures: PSNR and
-relative error of the final latent against the same model in full. Megabytes: the whole model as the host counts it.
-These layers are narrow (256 to 1024 inputs, a few of 64), so that groups of 64 are few and the branch of rank 32 is
-large beside them.
+The trained small models, {steps} euler steps, cfg 1, a batch of {pictures} held-out prompts and another seed;
+calibrated on {calibrated} other prompts at every third step. Every layer that the family's policy gives 4 bit
+(attention and MLP of the blocks) is quantised by the method, all others stay in full. *Outliers*: {share:.0%} of the
+channels behind every modulated norm (Flux) or weighted norm (SD1.5) made that many times as large through the
+modulation or the norm, and the weights that take them as much smaller: the same function (final latents changed by at
+most {changed:.0e}), as harsh to a quantiser as the massive channels of large transformers. All in the modulation or a
+norm is the easiest case for smoothing, and the only one that data-free smoothing can see.
+
+- psnr_db, psnr_min_db: final latent against the same model in full, mean and worst of the pictures.
+- equal: relative error in percent of the network's output on the inputs of the full run, mean of {replayed} steps, then
+  of the first, the middle and the last; at the last step the output is small, so its relative error is the largest.
+- own: the same along the quantised model's own way, mean of all steps, middle and last: it has drifted by then.
+- cpu_seconds: of quantising the whole model, without the calibration run.
+
+These layers are narrow (256 to 1280 inputs in the Flux, 64 to 512 in the U-Net): a branch of rank 32 is large beside
+them and groups of 64 are few, so read the order, not the decibels.
 
 """
 
-MODEL_COLUMNS = (
-    "model", "name", "psnr_db", "psnr_min_db", "error_pct", "megabytes", "full_megabytes", "cpu_seconds",
+CROSSING_HEAD = """
+## When to smooth by the modulation
+
+{plain}, with and without the smooth factor read from the modulation (`host/modulation.py`), on the small Flux
+with outliers of rising size: `equal` as above. least, median, most: of its layers' largest channel over their median
+one, as the modulation has it. `STANDS_OUT` is set from these rows.
+
+"""
+
+HOST_HEAD = """
+## The node
+
+The same pictures through `host/quantise.py`, without data, by the policy with all its treatments (modulation in W4A16
+where the policy says so). Megabytes: the whole model as the host counts it.
+
+"""
+
+SCORE_COLUMNS = (
+    "method", "data", "psnr_db", "psnr_min_db", "equal", "equal_first", "equal_middle", "equal_last", "own",
+    "own_middle", "own_last", "cpu_seconds",
+)  # fmt: skip
+CROSSING_COLUMNS = ("outliers", "least", "median", "most", "not smoothed", "smoothed")
+HOST_COLUMNS = (
+    "model", "name", "psnr_db", "psnr_min_db", "equal", "own", "megabytes", "full_megabytes", "cpu_seconds",
 )  # fmt: skip
 COLUMNS = ("method", "data", *(f"x{m}" for m in MAGNITUDES), "megabytes", "cpu_seconds")
-LARGE_COLUMNS = ("method", "megabytes", "share_of_bf16", "seconds", "cpu_seconds", "peak_mb")
+LARGE_COLUMNS = ("method", "layer", "megabytes", "share_of_bf16", "seconds", "cpu_seconds", "peak_mb")
 
 
 def synthetic_weight(n: int, k: int, seed: int = 1) -> Tensor:
@@ -184,32 +210,28 @@ def synthetic(width: int = WIDTH) -> list[dict]:
     return rows
 
 
-def large(n: int = LARGE[0], k: int = LARGE[1]) -> list[dict]:
-    """Seconds and peak memory of quantising one FLUX-sized layer, without GPTQ."""
+def large() -> list[dict]:
+    """Seconds and peak memory of quantising one layer: FLUX's largest without GPTQ, a square one by every method."""
     from slipstream.quant.layer import METHODS, Statistics, quantise_linear
 
-    weight = synthetic_weight(n, k).bfloat16()
-    statistics = Statistics.of(synthetic_inputs(512, k, 30, 1))
     rows = []
-    for name in ("convrot", "hadamard_svd", "svdquant"):
-        before, busy = reset_peak(), time.process_time()
-        began = time.perf_counter()
-        layer = quantise_linear(weight, None, METHODS[name], statistics).layer
-        seconds = time.perf_counter() - began
-        busy = time.process_time() - busy
-        rows.append(
-            {
-                "method": name,
-                "n": n,
-                "k": k,
-                "megabytes": layer.nbytes / 1e6,
-                "share_of_bf16": layer.nbytes / (2 * n * k),
-                "seconds": seconds,
-                "cpu_seconds": busy,
-                "peak_mb": peak() - before,
-                "threads": torch.get_num_threads(),
-            }
-        )
+    for (n, k), names in ((LARGE, ("convrot", "hadamard_svd", "svdquant")), (TIMED, METHODS)):
+        weight = synthetic_weight(n, k).bfloat16()
+        inputs = synthetic_inputs(1024, k, 30, 1)
+        statistics = Statistics.of(inputs, hessian=(n, k) == TIMED)
+        del inputs
+        for name in names:
+            if name == "svdquant_refined":  # minutes
+                continue
+            before, busy = reset_peak(), time.process_time()
+            began = time.perf_counter()
+            layer = quantise_linear(weight, None, METHODS[name], statistics).layer
+            rows.append(
+                {"method": name, "layer": f"{n} x {k}", "megabytes": layer.nbytes / 1e6,
+                 "share_of_bf16": layer.nbytes / (2 * n * k), "seconds": time.perf_counter() - began,
+                 "cpu_seconds": time.process_time() - busy, "peak_mb": max(0.0, peak() - before),
+                 "threads": torch.get_num_threads()}
+            )  # fmt: skip
     return rows
 
 
@@ -225,65 +247,105 @@ def peak() -> float:
     return int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e6
 
 
+def host_rows() -> list[dict]:
+    """The trained small models quantised by the host's node, scored like the methods."""
+    from slipstream.demo import emoji
+    from slipstream.host.quantise import QuantWish, quantise
+
+    rows = []
+    for name, load, scheduler in (("Flux", emoji.load_flux, "simple"), ("SD1.5", emoji.load_unet, "normal")):
+        base = load()
+        full = quant_models.run_in_full(base, quant_models.sampler(base, scheduler))
+        for setting, wish in WISHES.items():
+            started = time.process_time()
+            model = quantise(base, QuantWish(**wish))
+            row = {"name": setting, "model": name, "sampler": "euler", "steps": quant_models.STEPS,
+                   "megabytes": model.model_size() / 1e6, "full_megabytes": base.model_size() / 1e6,
+                   "cpu_seconds": time.process_time() - started, "runs": quant_models.PICTURES}  # fmt: skip
+            rows.append(row | quant_models.score(model, full))
+    return rows
+
+
+def explanation(rows: list[dict]) -> str:
+    """Why the methods come in this order, with the rows' own numbers, and whether the two goals are met."""
+    db = {(row["model"], row["method"]): row["psnr_db"] for row in rows}
+    equal = {(row["model"], row["method"]): row["equal"] for row in rows}
+    easy, hard, worst = "Flux", "Flux, outliers x30", "Flux, outliers x100"
+    best, int8 = quant_models.BEST_KNOWN, "int8 ConvRot (W8A8)"
+    rtn, convrot, plain, smoothed = (
+        quant_models.RTN, quant_models.CONVROT, quant_models.PLAIN, quant_models.SMOOTHED
+    )  # fmt: skip
+
+    def over(model: str, first: str, second: str) -> str:
+        return f"{db[model, first] - db[model, second]:+.1f} dB"
+
+    def error(model: str, *names: str) -> str:
+        return " to ".join(f"{equal[model, name]:.1f}" for name in names) + " %"
+
+    text = f"""
+### Why in this order
+
+Rounding to nearest gives every group of 64 channels one scale, so one massive channel takes the resolution of the 63
+others: with outliers of x30 the error is as large as the output ({error(hard, rtn)}). A rotation spreads a massive
+channel over its block of up to 256 and leaves a block of even but larger numbers; ConvRot rounds that with one scale
+per row, Hadamard with groups. The low-rank branch takes the largest directions of the weight out of the rounding; with
+the rotation it is the best method that needs no data as long as nothing stands out ({over(easy, plain, convrot)} over
+ConvRot on the Flux, {over(hard, plain, convrot)} with outliers of x30, but {over(worst, plain, convrot)} with x100,
+where all three are lost). What none of them does is make an outlier smaller. That takes a smooth factor per channel,
+which moves it into the weight, where the branch holds it in 16 bit. Calibrated, this is SVDQuant, which outliers do not
+touch; read from the modulation it needs no data ({over(hard, smoothed, plain)} with outliers of x30), but where there
+are no outliers its guess costs a little (`equal` from {error(easy, plain, smoothed)}). GPTQ lets the columns still to
+be rounded make up for the error on inputs that occur: `equal` on the Flux from {error(easy, "SVDQuant", best)}, on top
+of the rotation from {error(easy, "SVDQuant + Hadamard", "SVDQuant + Hadamard + GPTQ")}; in the U-Net, with layers of
+64 and 128 inputs of which the branch holds 32 directions, it finds nothing to gain. With 8-bit activations the weights'
+error is left ({error(easy, "SVDQuant, W4A8")}), with 16-bit ones the same ({error(easy, "SVDQuant, W4A16")}). int8
+ConvRot has finer steps in both and is nearly lossless until outliers of x30 reach it ({error(easy, int8)}, then
+{error(hard, int8)}): it does not smooth. PSNR is of {quant_models.PICTURES} pictures that drift either way; differences
+below about 2 dB are better read from `equal`, which has no drift.
+
+| goal | model | gain | met |
+| --- | --- | --- | --- |
+"""
+    models = dict.fromkeys(row["model"] for row in rows)
+    goals = [(best, rtn, model, 6) for model in models if "outliers" in model]
+    for first, second, model, least in goals + [(plain, convrot, model, 3) for model in models]:
+        gain = db[model, first] - db[model, second]
+        met = "yes" if gain >= least else "no"
+        text += f"| {first} at least {least} dB over {second} | {model} | {gain:.2f} dB | {met} |\n"
+    return text
+
+
 def main() -> None:
     boot()
     torch.set_num_threads(1)
-    small, big, whole = synthetic(), large(), models()
-    save(OUT, [*small, *big, *whole])
-    n, k = LARGE
-    page = HEAD.format(width=WIDTH, calibration=CALIBRATION, held_out=HELD_OUT) + errors_table(small)
-    page += "\n" + LEGEND.format(calibration=CALIBRATION, full=2 * WIDTH * WIDTH / 1e6)
-    page += LARGE_HEAD.format(n=n, k=k, threads=torch.get_num_threads(), weight=2 * n * k / 1e6)
-    page += table(big, LARGE_COLUMNS) + "\n"
-    page += MODELS_HEAD.format(steps=STEPS, pictures=PICTURES) + table(whole, MODEL_COLUMNS) + "\n"
+    parts = []
+    for part in (host_rows, quant_models.crossing, quant_models.whole_models, large, synthetic):
+        began = time.process_time()
+        parts.append(part())
+        print(f"{part.__name__}: {time.process_time() - began:.0f} CPU seconds", flush=True)
+        save(OUT, [row for rows in parts for row in rows])  # so that a run that is cut short is not lost
+    page = written(*parts)
     PAGE.write_text(page)
     print(page)
 
 
-def models(pictures: int = PICTURES) -> list[dict]:
-    """The trained small models quantised layer by layer in the host, against themselves in full."""
-    import comfy.samplers
-    import folder_paths
-    from slipstream.demo import emoji
-    from slipstream.engine.metrics import psnr, relative_error
-    from slipstream.host import profiles
-    from slipstream.host.calibrate import calibrate
-    from slipstream.host.quantise import QuantWish, quantise
-    from slipstream.host.recording import Job, Wish
-
-    rows = []
-    folder = tempfile.TemporaryDirectory()
-    folder_paths.folder_names_and_paths[profiles.FOLDER] = ([folder.name], {".safetensors"})
-    for name, load, scheduler in (("tiny_flux_emoji", emoji.load_flux, "simple"),
-                                  ("tiny_sd15_emoji", emoji.load_unet, "normal")):  # fmt: skip
-        base = load()
-        job = Job(
-            base,
-            tuple((emoji.conditioning(HELD_OUT_PROMPTS[i % len(HELD_OUT_PROMPTS)]), 4000 + i) for i in range(pictures)),
-            emoji.conditioning(""),
-            1.0,
-            comfy.samplers.sampler_object("euler"),
-            comfy.samplers.calculate_sigmas(base.get_model_object("model_sampling"), scheduler, STEPS),
-            {"samples": torch.zeros(1, 16, 16, 16)},
-        )
-        with torch.inference_mode():
-            truth = [job.sample(base, i) for i in range(pictures)]
-            each = tuple((emoji.conditioning(p), 500 + i) for i, p in enumerate(emoji.PROMPTS[:4]))
-            profiles.save(SEEN, calibrate(dataclasses.replace(job, runs=each), Wish(check=0, activations=True)))
-        for setting, wish in WISHES.items():
-            started = time.process_time()
-            model = quantise(base, QuantWish(**wish))
-            spent = time.process_time() - started
-            with torch.inference_mode():
-                results = [job.sample(model, i) for i in range(pictures)]
-            scores = [psnr(value, true) for value, true in zip(results, truth, strict=True)]
-            errors = [relative_error(value, true) for value, true in zip(results, truth, strict=True)]
-            rows.append(
-                {"name": setting, "model": name, "sampler": "euler", "steps": STEPS, "psnr_db": mean_db(scores),
-                 "psnr_min_db": min(scores), "error_pct": 100 * mean(errors), "megabytes": model.model_size() / 1e6,
-                 "full_megabytes": base.model_size() / 1e6, "cpu_seconds": spent, "runs": pictures}
-            )  # fmt: skip
-    return rows
+def written(host: list[dict], crossed: list[dict], whole: list[dict], big: list[dict], small: list[dict]) -> str:
+    """The page, all of whose figures are these rows'."""
+    n, k = LARGE
+    page = HEAD.format(width=WIDTH, calibration=CALIBRATION, held_out=HELD_OUT) + errors_table(small)
+    page += "\n" + LEGEND.format(calibration=CALIBRATION, full=2 * WIDTH * WIDTH / 1e6)
+    page += LARGE_HEAD.format(n=n, k=k, m=TIMED[0], threads=big[0]["threads"], weight=2 * n * k / 1e6)
+    page += table(big, LARGE_COLUMNS) + "\n"
+    page += MODELS_HEAD.format(
+        steps=quant_models.STEPS, pictures=quant_models.PICTURES, calibrated=quant_models.CALIBRATED,
+        share=quant_models.SHARE, replayed=len(quant_models.REPLAYED), changed=max(r["changed"] for r in whole),
+    )  # fmt: skip
+    for model in dict.fromkeys(row["model"] for row in whole):
+        rows = [row for row in whole if row["model"] == model]
+        page += f"### {model}\n\n{table(rows, SCORE_COLUMNS)}\n\n"
+    page = page.rstrip() + "\n" + explanation(whole)
+    page += CROSSING_HEAD.format(plain=quant_models.PLAIN) + table(crossed, CROSSING_COLUMNS) + "\n"
+    return page + HOST_HEAD + table(host, HOST_COLUMNS) + "\n"
 
 
 def errors_table(rows: list[dict]) -> str:
