@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import dataclasses
 import gc
 import math
 
 import comfy.lora
 import comfy.model_management
+import comfy.quant_ops
 import comfy.sample
 import comfy.samplers
 import comfy.sd
+import comfy.utils
 import comfy.weight_adapter
 import families
 import folder_paths
 import pytest
 import torch
+from comfy.patcher_extension import CallbacksMP
 from lab import relative
 from slipstream.demo import emoji
 from slipstream.engine.metrics import psnr
@@ -23,7 +28,7 @@ from slipstream.host import profiles
 from slipstream.host import quantise as quantising
 from slipstream.host.calibrate import calibrate
 from slipstream.host.errors import SlipstreamError
-from slipstream.host.quantise import QuantWish, quantise, quantised
+from slipstream.host.quantise import FIRST_RUN, QuantWish, quantise, quantised, summary
 from slipstream.host.recording import Job, Wish
 from slipstream.quant import policy
 from slipstream.quant.formats import FORMATS
@@ -486,6 +491,9 @@ def test_bad_wishes(lab, flux4):
         (QuantWish(rank=500), "rank is 500"),
         (QuantWish(act_bits=5), "5 bit"),
         (QuantWish(guard_db=-1), "guard_db is -1"),
+        (QuantWish(evaluations=0, calibration=FIRST_RUN), "evaluations is 0"),
+        (QuantWish(gptq=True), "gptq needs inputs"),
+        (QuantWish(calibration=FIRST_RUN, layers="img_mlp"), "img_mlp"),
         (QuantWish(layers="nothing_like_it = w8a8"), "nothing_like_it"),
         (QuantWish(layers="img_mlp"), "img_mlp"),
         (QuantWish(layers=". = keep"), "no linear layer"),
@@ -497,27 +505,99 @@ def test_bad_wishes(lab, flux4):
         quantise(flux4, QuantWish())
 
 
-def test_quantised_and_damaged_files_are_refused(lab):
-    class Packed(torch.Tensor):
-        """As GGUF packs hold their weights."""
+class GGMLTensor(torch.Tensor):
+    """As ComfyUI-GGUF holds its weights: the bytes, and the shape that they stand for."""
 
+    tensor_type, tensor_shape = "Q4_K", torch.Size((1024, 256))
+
+    @property
+    def shape(self):
+        return self.tensor_shape
+
+
+def test_quantised_and_damaged_files_are_refused(lab):
     base = families.make("flux")
     wish = QuantWish(layers="double_blocks = w4a4")
     linear = base.get_model_object(MLP)
-    for weight in (linear.weight.detach().to(torch.int8), linear.weight.detach().as_subclass(Packed)):
+    weight = linear.weight.detach()
+    packed = [weight.to(torch.int8), torch.zeros(1024, 144, dtype=torch.uint8).as_subclass(GGMLTensor)]
+    for layout in ("TensorCoreFP8Layout", "TensorCoreFP8E4M3Layout"):  # of 0.3.75, of newer hosts
+        with contextlib.suppress(KeyError):
+            packed.append(comfy.quant_ops.QuantizedTensor.from_float(weight, layout))
+    assert len(packed) >= 3
+    for weight in packed:
         changed = base.clone()
         other = copy.deepcopy(linear)
         other.weight = torch.nn.Parameter(weight, requires_grad=False)
         changed.add_object_patch(MLP, other)
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(SlipstreamError, match=r"^W4A4 .*quantised already"):
-            patch.setattr(policy, "LIMITS", policy.Limits(values=1))
-            quantise(changed, wish)
+        for asked in (wish, dataclasses.replace(wish, calibration=FIRST_RUN)):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(policy, "LIMITS", policy.Limits(values=1))
+                with pytest.raises(SlipstreamError, match=r"^W4A4 .*quantised already"):
+                    quantise(changed, asked)
+
+    class Own(torch.nn.Module):
+        """As the newest host's Linear of mixed precision, which is none of torch's."""
+
+        in_features, out_features = linear.in_features, linear.out_features
+
+    whole = families.make("flux")
+    own = Own()
+    own.weight = torch.nn.Parameter(packed[-1], requires_grad=False)
+    comfy.utils.set_attr(whole.model, MLP, own)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SlipstreamError, match=r"^W4A4 .*quantised already"):
+        patch.setattr(policy, "LIMITS", policy.Limits(values=1))
+        quantise(whole, wish)
     broken = lab.flux
     other = copy.deepcopy(broken.get_model_object(MLP))
     other.weight = torch.nn.Parameter(torch.full_like(other.weight, float("nan")), requires_grad=False)
     broken.add_object_patch(MLP, other)
     with pytest.raises(SlipstreamError, match=r"^W4A4 .*img_mlp\.0.*NaN"):
         quantise(broken, QuantWish(rank=24))
+
+
+def from_file(model):
+    """The model as a loader of quantised files gives it: its network holds the layers, nothing is patched."""
+    loaded = emoji.load_flux()
+    for name, layer in quantised(model).layers.items():
+        own = W4A4Linear(layer.layer(lora=False))
+        own.managed = True
+        comfy.utils.set_attr(loaded.model, "diffusion_model." + name, own)
+    loaded.size = 0
+    loaded.add_callback_with_key(CallbacksMP.ON_LOAD, quantising.KEY, quantising.give_loras)
+    return loaded
+
+
+def test_a_network_of_a_quantised_file(lab, flux4):
+    """LoRAs follow whichever patcher of the network is loaded; it is not quantised twice; changes of another kind than
+    LoRA are held as well as the branch can."""
+    loaded = from_file(flux4)
+    models = {"none": loaded, "one": with_lora(loaded, seed=5), "two": with_lora(loaded, seed=6)}
+    expected = {name: plain_sample(lab, with_lora(flux4, seed=seed)) for name, seed in (("one", 5), ("two", 6))}
+    expected["none"] = plain_sample(lab, flux4)
+    for name in ("none", "one", "two", "none", "two", "one"):
+        assert torch.equal(plain_sample(lab, models[name]), expected[name]), name
+        assert not any(key.startswith(MLP) for key in models[name].backup)
+    with pytest.raises(SlipstreamError, match=r"^W4A4 .*quantised already \(int8\)"):
+        quantise(loaded, QuantWish())
+    assert quantised(loaded) is None and summary(loaded).startswith("29 layers in 4 bit")
+    changed = loaded.clone()
+    weight = changed.get_model_object(MLP).weight
+    change = torch.randn(changed.get_model_object(MLP).out_features, changed.get_model_object(MLP).in_features) * 0.01
+    changed.add_patches({f"{MLP}.weight": ("diff", (change,))}, 1.0, 0.7)
+    assert relative(plain_sample(lab, changed), expected["none"]) > 1e-3
+    assert torch.equal(changed.get_model_object(MLP).weight, weight)
+    assert torch.equal(plain_sample(lab, loaded), expected["none"])
+
+
+def test_the_summary_in_words(lab, flux4):
+    text = summary(flux4)
+    assert text.startswith(f"{len(quantised(flux4).layers)} layers in 4 bit (")
+    assert f"{flux4.model_size() / 1e6:.1f} MB instead of {lab.flux.model_size() / 1e6:.1f} MB" in text
+    assert "branch of rank 32, made without data" in text and "guard" not in text
+    guarded = quantise(lab.flux, QuantWish(guard_db=24))
+    assert "in 8 bit" in summary(guarded) and "guard: " in summary(guarded) and "is below 24 dB" in summary(guarded)
+    assert summary(lab.flux) == "not quantised"
 
 
 def test_dynamic_models_are_quantised_as_their_static_copy(lab):
@@ -546,19 +626,20 @@ def test_a_profile_gives_the_ranges_that_smooth_the_layers(lab, tmp_path, monkey
     runs = tuple((emoji.conditioning(prompt), 70 + i) for i, prompt in enumerate(emoji.PROMPTS[:2]))
     job = Job(lab.flux, runs, emoji.conditioning(""), 1.0, comfy.samplers.sampler_object("euler"), sigmas,
               {"samples": lab.latent(lab.flux)})  # fmt: skip
+    plain_sample(lab, lab.flux)  # a calibration watches the modules that are in place when it begins
     with torch.inference_mode():
         profiles.save("seen", calibrate(job, Wish(speed_up=2.0, check=0, activations=True)))
         profiles.save("bare", calibrate(job, Wish(speed_up=2.0, check=0)))
-    free, seen = quantise(lab.flux, QuantWish()), quantise(lab.flux, QuantWish(profile="seen.safetensors"))
+    free, seen = quantise(lab.flux, QuantWish()), quantise(lab.flux, QuantWish(calibration="seen.safetensors"))
     layer = seen.get_model_object(QKV)
     assert not torch.equal(layer.weight_smooth_factor, torch.ones_like(layer.weight_smooth_factor))
     assert torch.equal(free.get_model_object(QKV).weight_smooth_factor, torch.ones_like(layer.weight_smooth_factor))
     plain = plain_sample(lab, lab.flux, batch=4, seed=9)
     assert psnr(plain_sample(lab, seen, batch=4, seed=9), plain) > 30
     with pytest.raises(SlipstreamError, match=r"W4A4 Quantize: the profile bare.* .*activation_statistics on"):
-        quantise(lab.flux, QuantWish(profile="bare.safetensors"))
+        quantise(lab.flux, QuantWish(calibration="bare.safetensors"))
     with pytest.raises(SlipstreamError, match=r"W4A4 Quantize: there is no profile 'gone'"):
-        quantise(lab.flux, QuantWish(profile="gone"))
+        quantise(lab.flux, QuantWish(calibration="gone"))
 
 
 def test_a_fingerprint_does_not_depend_on_what_is_loaded(lab):
