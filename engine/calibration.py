@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -130,13 +130,14 @@ class Recorder:
 
 
 class Activations:
-    """Per input channel of every linear layer, the largest magnitude and the mean square seen: what a quantiser needs.
+    """Per input channel of linear layers, the largest magnitude and the mean square seen: what a quantiser needs.
 
+    layers: those that will be called, by name; a network may have others in their places when this is made.
     Watches through forward pre-hooks, which can neither change what runs nor stay behind; use as a context manager.
     """
 
-    def __init__(self, network: torch.nn.Module):
-        self._layers = {name: m for name, m in network.named_modules() if isinstance(m, torch.nn.Linear)}
+    def __init__(self, layers: Mapping[str, torch.nn.Module]):
+        self._layers = dict(layers)
         self._largest: dict[str, Tensor] = {}
         self._squares: dict[str, Tensor] = {}
         self._rows: dict[str, int] = {}

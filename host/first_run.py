@@ -39,6 +39,7 @@ from .quant_layers import (
     quantised_layers,
     saved_bytes,
     weight_and_bias,
+    without_data,
 )
 from .quant_loras import NODE
 
@@ -241,7 +242,9 @@ def first_run(patcher, wish: QuantWish, run: ShortRun, teller: Teller) -> Quanti
         why_not = "" if seen else "none of its layers was seen at work"
     if why_not:
         log.warning("%s: the first run could not be measured (%s), so it is quantised without data", NODE, why_not)
-        return quantised_layers(patcher, wish, {}.get, f"made without data, because {why_not}", teller)
+        return quantised_layers(
+            patcher, wish, without_data(patcher).get, f"made without data, because {why_not}", teller
+        )
     how = f"measured at {count} of the first run" + ", GPTQ" * wish.gptq
     found = quantised_layers(patcher, wish, partial(taken, collectors), how, teller)
     if wish.guard_db:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 FORMAT, LAYOUT = "nvfp4", "TensorCoreNVFP4Layout"
+TENSORS = ("weight", "weight_scale", "weight_scale_2", "bias", "comfy_quant")
 
 
 def available() -> bool:
@@ -22,7 +23,9 @@ def available() -> bool:
         from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
     except ImportError:
         return False
-    return FORMAT in QUANT_ALGOS and hasattr(QuantizedTensor, "from_float") and hasattr(comfy.ops, "mixed_precision_ops")
+    return (
+        FORMAT in QUANT_ALGOS and hasattr(QuantizedTensor, "from_float") and hasattr(comfy.ops, "mixed_precision_ops")
+    )
 
 
 def layer(weight: Tensor, bias: Tensor | None, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
@@ -36,16 +39,18 @@ def layer(weight: Tensor, bias: Tensor | None, dtype: torch.dtype, device: torch
         raise ValueError(f"{weight.shape[1]} input channels are not a multiple of 16, the layer stays in 16 bit")
     if not all(map(torch.isfinite, torch.aminmax(weight))):
         raise ValueError("the weight holds infinite numbers or NaN and cannot be quantised")
-    fast = getattr(comfy.model_management, "supports_nvfp4_compute", bool)(device)
-    operations = comfy.ops.mixed_precision_ops({}, dtype, full_precision_mm=not fast)
-    n, k = weight.shape
-    made = operations.Linear(k, n, bias=bias is not None, device="meta", dtype=dtype)
-    packed = QuantizedTensor.from_float(weight.to(dtype), LAYOUT).cpu()
-    state = {"comfy_quant": torch.tensor(list(json.dumps({"format": FORMAT}).encode()), dtype=torch.uint8)}
-    state |= packed.state_dict("weight")
-    if bias is not None:
-        made.bias = torch.nn.Parameter(bias.to("cpu", dtype), requires_grad=False)
-        state["bias"] = made.bias.data
-    made.factory_kwargs["device"] = torch.device("cpu")  # where `load_state_dict` puts what it reads
-    made.load_state_dict(state)
-    return made.requires_grad_(False)
+    # as in the host's loaders: tensors made outside of it cannot be moved inside of it
+    with torch.inference_mode():
+        fast = getattr(comfy.model_management, "supports_nvfp4_compute", bool)(device)
+        operations = comfy.ops.mixed_precision_ops({}, dtype, full_precision_mm=not fast)
+        n, k = weight.shape
+        made = operations.Linear(k, n, bias=bias is not None, device="meta", dtype=dtype)
+        packed = QuantizedTensor.from_float(weight.to(dtype), LAYOUT).cpu()
+        state = {"comfy_quant": torch.tensor(list(json.dumps({"format": FORMAT}).encode()), dtype=torch.uint8)}
+        state |= packed.state_dict("weight")
+        if bias is not None:
+            made.bias = torch.nn.Parameter(bias.to("cpu", dtype), requires_grad=False)
+            state["bias"] = made.bias.data
+        made.factory_kwargs["device"] = torch.device("cpu")  # where `load_state_dict` puts what it reads
+        made.load_state_dict(state)
+        return made.requires_grad_(False)

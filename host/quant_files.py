@@ -14,7 +14,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -31,12 +31,13 @@ from ..quant.formats import FORMATS, ROTATED, QuantisedLinear, QuantisedSplit, p
 from ..quant.layer import METHODS, quantise_group, with_spec
 from ..quant.linear import TENSORS, W4A4Linear
 from ..quant.rotate import rotation_size
+from . import nvfp4
 from .errors import SlipstreamError
-from .quant_layers import FIRST_RUN, Plan, Progress, QuantWish, _group, planned, spec_of
+from .quant_layers import FIRST_RUN, Plan, Progress, QuantWish, planned, quantised_group, spec_of, without_data
 from .quant_load import FOLDER, opened
 from .quant_loras import NODE, PREFIX, original, quantised_modules
 from .quant_source import FILE, FileModel
-from .quantise import _check, _seen, settled
+from .quantise import check_wish, quantised, ranges_of, settled
 
 log = logging.getLogger("slipstream")
 
@@ -60,13 +61,16 @@ def save(model, name: str, progress: Progress | None = None) -> tuple[str, str]:
         raise SlipstreamError(
             f"{SAVE}: this model is quantised when it is first sampled; run a sampler with it, then save it."
         ) from None
-    if not dict(quantised_modules(model)):
+    if not dict(quantised_modules(model)) and not _of_the_host(model):
         raise SlipstreamError(f"{SAVE}: this model has no quantised layer; connect it behind a W4A4 Quantize.")
+    # what is written is what is sampled with: the host puts every patch in its place
+    comfy.model_management.load_models_gpu([model], force_patch_weights=True)
     with torch.inference_mode(False), torch.no_grad():
-        # what is written is what is sampled with: the host puts every patch in its place
-        comfy.model_management.load_models_gpu([model], force_patch_weights=True)
         packed = {path.removeprefix(PREFIX): module for path, module in quantised_modules(model)}
-        plain = _plain(model, packed)
+        hosts = _of_the_host(model)
+        plain = _plain(model, packed.keys() | hosts.keys())
+        for layer, module in hosts.items():
+            plain |= {key: (tensor, torch.detach) for key, tensor in module.state_dict(prefix=f"{layer}.").items()}
         merged = [name for name, module in packed.items() if _branch_has_no_place(module.layer())]
         size = sum(module_bytes(module) for module in packed.values()) + sum(_bytes(t) for t, _ in plain.values())
         keys = [*plain, *(key for layer, module in packed.items() for key in packed_names(layer, module))]
@@ -87,7 +91,7 @@ def save(model, name: str, progress: Progress | None = None) -> tuple[str, str]:
             "picture changes a little",
             SAVE, file, len(merged),
         )  # fmt: skip
-    return listed(file, path, len(packed))
+    return listed(file, path, len(packed) + len(hosts))
 
 
 # As long as any description of a layer is.
@@ -111,7 +115,7 @@ def quantise_file(source: str, name: str, wish: QuantWish, progress: Progress | 
     """
     file, path = target(name, FILE)
     with _named():
-        _check(wish)
+        check_wish(wish)
         if wish.calibration == FIRST_RUN:
             raise SlipstreamError(
                 f"{FILE}: a file is never sampled, so there is no first run; choose none or a profile as calibration."
@@ -127,27 +131,24 @@ def quantise_file(source: str, name: str, wish: QuantWish, progress: Progress | 
 
 def _group_by_group(of: FileModel, wish: QuantWish, path: Path, progress: Progress | None) -> int:
     """Write everything; returns how many layers are quantised."""
-    plan, seen = planned(of.model, wish), _seen(of.model, wish.calibration)
+    plan = planned(of.model, wish)
+    seen = ranges_of(of.model, wish.calibration) or without_data(of.model)
     choices, found, done = dict(plan.choices), {}, 0
     names = {name for group in plan.groups.values() for name in group}
     plain = [key for key in of.keys if key.rpartition(".")[0] not in names]
     size = sum(map(of.nbytes, plain)) + sum(_most(plan, name, wish) for name in names)
     # the guard may leave a layer as it is, so both kinds of names get room
-    keys = [*of.keys, *(f"{name}.{end}" for name in names for end in (*TENSORS, "comfy_quant"))]
+    keys = [*of.keys, *(f"{name}.{end}" for name in names for end in (*TENSORS, *nvfp4.TENSORS))]
     room = of.metadata | quantisation(dict.fromkeys(names, LONGEST))
     with writing(path, keys, room, size, FILE) as out:
         for key in plain:
             comfy.model_management.throw_exception_if_processing_interrupted()
             out.add(key, of.tensor(key))
         for group in plan.groups.values():
-            layers = {
-                name: module.layer()
-                for name, module in _group(of.model, group, plan, choices, wish, seen.get(group[0]))[0].items()
-            }
+            layers = quantised_group(of.model, group, plan, choices, wish, seen.get(group[0]))[0]
             for name in group:
                 if name in layers:
-                    found[name] = layers[name].description()
-                    tensors = layers[name].state_dict(name)
+                    tensors = _tensors(name, layers[name], found)
                 else:
                     own = (f"{name}.weight", f"{name}.bias")
                     tensors = {key: of.tensor(key) for key in own if key in of.keys}
@@ -156,7 +157,16 @@ def _group_by_group(of: FileModel, wish: QuantWish, path: Path, progress: Progre
             layers = tensors = None
             done = step(done + len(group) - 1, len(names), progress)
         out.metadata = of.metadata | quantisation(found)
-    return len(found)
+    return sum(name in found or choices[name].treatment != "keep" for name in names)
+
+
+def _tensors(name: str, module: torch.nn.Module, described: dict[str, dict]) -> dict[str, Tensor]:
+    """What is written of a layer; of ours also what the file's metadata says."""
+    if not isinstance(module, W4A4Linear):
+        return module.state_dict(prefix=f"{name}.")
+    layer = module.layer()
+    described[name] = layer.description()
+    return layer.state_dict(name)
 
 
 def _most(plan: Plan, name: str, wish: QuantWish) -> int:
@@ -164,6 +174,8 @@ def _most(plan: Plan, name: str, wish: QuantWish) -> int:
     n, k = plan.shapes[name]
     spec = spec_of(plan.choices[name], wish, (n, k))
     wide = n * k + 8 * n
+    if wish.format == nvfp4.FORMAT and plan.choices[name].treatment == "w4a4":
+        return n * k // 2 + (n + 128) * (k + 64) // 16 + 8 * n
     return wide if wish.guard_db or FORMATS[spec.format].weight_bits == 8 else packed_bytes(n, k, spec.rank)
 
 
@@ -251,7 +263,14 @@ def packed_names(layer: str, module: W4A4Linear) -> list[str]:
 # What is there
 
 
-def _plain(model, packed: Mapping[str, W4A4Linear]) -> dict[str, tuple[Tensor, Callable[[Tensor], Tensor]]]:
+def _of_the_host(model) -> dict[str, torch.nn.Module]:
+    """The layers that W4A4 Quantize made in a format of the host's own, by path below `diffusion_model`."""
+    found = quantised(model)
+    layers = {} if found is None else found.layers
+    return {name: layer for name, layer in layers.items() if not isinstance(layer, W4A4Linear)}
+
+
+def _plain(model, packed: Collection[str]) -> dict[str, tuple[Tensor, Callable[[Tensor], Tensor]]]:
     """Key in the file -> (tensor as the network holds it, how it becomes what is written), of all but packed layers."""
     network = model.model.diffusion_model
     state = network.state_dict()

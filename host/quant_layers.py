@@ -21,8 +21,10 @@ from ..quant.layer import METHODS, Spec, quantise_group, sqnr, with_spec
 from ..quant.linear import W4A4Linear
 from ..quant.policy import Choice
 from ..quant.rotate import rotation_size
+from . import nvfp4
 from .errors import SlipstreamError
 from .events import show
+from .modulation import outstanding, spans
 from .quant_loras import NODE, PREFIX, give_loras, original
 
 KEY = "slipstream_quantised"
@@ -142,14 +144,13 @@ class Plan:
 
 def planned(model, wish: QuantWish) -> Plan:
     """What is to be quantised. Raises SlipstreamError where nothing can be."""
-    network, linears = model.get_model_object("diffusion_model"), linears_of(model)
+    linears = linears_of(model)
     for name, module in linears.items():
         if isinstance(module, W4A4Linear):
             _refuse_quantised(name, module)
-    classes = [f"{kind.__module__}.{kind.__qualname__}" for kind in type(network).__mro__]
     shapes = {name: tuple(module.weight.shape) for name, module in linears.items()}
     try:
-        choices = policy.plan(shapes, policy.policy_for(classes), wish.layers, policy.LIMITS)
+        choices = policy.plan(shapes, policy.policy_for(_classes(model)), wish.layers, policy.LIMITS)
     except ValueError as error:
         raise SlipstreamError(f"{NODE}: {error}") from None
     plan = Plan(linears, shapes, choices)
@@ -166,6 +167,18 @@ def planned(model, wish: QuantWish) -> Plan:
     return plan
 
 
+def _classes(model) -> list[str]:
+    """The names of the network's class and its bases, nearest first."""
+    network = model.get_model_object("diffusion_model")
+    return [f"{kind.__module__}.{kind.__qualname__}" for kind in type(network).__mro__]
+
+
+def without_data(model) -> dict[str, Statistics]:
+    """What the network's norms and modulation tell of a layer's input, of the layers where that is worth smoothing."""
+    found = outstanding(spans(model.get_model_object("diffusion_model"), _classes(model)))
+    return {name: Statistics(span) for name, span in found.items()}
+
+
 def quantised_layers(
     model, wish: QuantWish, seen: Callable[[str], Statistics | None], how: str, tell: Teller
 ) -> Quantised:
@@ -180,7 +193,7 @@ def quantised_layers(
         for names in plan.groups.values():
             comfy.model_management.throw_exception_if_processing_interrupted()
             with in_words(model, f"at the layer {names[0]} ({' x '.join(map(str, plan.shapes[names[0]]))})"):
-                found, measured = _group(model, names, plan, choices, wish, seen(names[0]))
+                found, measured = quantised_group(model, names, plan, choices, wish, seen(names[0]))
             layers.update(found)
             values.update(measured)
             tell.done(len(names), plan.weights(names))
@@ -244,22 +257,21 @@ class Teller:
         show(self._node_id, sentence)
 
 
-def spec_of(choice: Choice, wish: QuantWish, shape: tuple[int, int], seen: bool = False) -> Spec | None:
-    """How a layer of shape (N, K) is quantised; None: it stays. A width that 4-bit groups do not fit gets 8 bit. seen:
-    the ranges of its input are known."""
+def spec_of(choice: Choice, wish: QuantWish, shape: tuple[int, int], smooth: str = "none") -> Spec | None:
+    """How a layer of shape (N, K) is quantised; None: it stays. A width that 4-bit groups do not fit gets 8 bit. smooth:
+    of `Spec`, for formats that smooth. With NVFP4 it tells of the layers that do not become the host's."""
     n, k = shape
     if choice.treatment == "keep" or not rotation_size(k):
         return None
     careful = choice.treatment == "w4a16"
     if choice.treatment == "w8a8" or wish.format == "int8_convrot" or k % GROUP_SIZE:
         return _per_row("int8_convrot", k)
-    if wish.format == "convrot_w4a4":
+    if wish.format in ("convrot_w4a4", nvfp4.FORMAT):
         return _per_row("int8_convrot" if careful else "convrot", k)  # of the host's formats the finer one
     bits = 16 if careful else wish.act_bits if wish.format in (AUTO, "svdquant_w4a4") else FORMATS[wish.format].act_bits
     name = {4: "svdquant_w4a4", 8: "w4a8", 16: "w4a16"}[bits]
     rotated = wish.format == AUTO and not choice.after_gelu
     base = METHODS["hadamard_svd"] if rotated else METHODS["svdquant"]
-    smooth = "search" if seen else "none"
     unsigned = choice.after_gelu and not rotated
     return with_spec(base, format=name, rank=min(wish.rank, n, k), smooth=smooth, act_unsigned=unsigned)
 
@@ -272,6 +284,8 @@ def _per_row(method: str, k: int) -> Spec:
 def _refuse_quantised(name: str, module: torch.nn.Module) -> None:
     weight = module.weight
     plain = type(weight) in (Tensor, torch.nn.Parameter) and type(weight.data) is Tensor
+    if not plain and "FP8" in str(getattr(module, "layout_type", "")):
+        return  # scaled fp8, which the host scales up
     if isinstance(module, W4A4Linear) or not plain or not weight.is_floating_point():
         kind = type(weight).__name__ if not plain else str(weight.dtype).removeprefix("torch.")
         raise SlipstreamError(
@@ -292,13 +306,17 @@ def weight_and_bias(model, name: str, module: torch.nn.Module) -> tuple[Tensor, 
     return original(model, name, module), None if bias is None else bias.clone()
 
 
-def _group(
+def quantised_group(
     model, names: list[str], plan: Plan, choices: dict[str, Choice], wish: QuantWish, seen: Statistics | None
 ) -> tuple[dict[str, W4A4Linear], dict[str, float]]:
     """Quantise the layers of one group; returns them, and what the guard measured, whose changes go into `choices`."""
     originals = {name: weight_and_bias(model, name, plan.linears[name]) for name in names}
     weights, biases = map(list, zip(*originals.values(), strict=True))
-    specs = [spec_of(choices[name], wish, plan.shapes[name], seen is not None) for name in names]
+    if wish.format == nvfp4.FORMAT and choices[names[0]].treatment == "w4a4":
+        return {name: _of_the_host(model, name, *both) for name, both in originals.items()}, {}
+    # a span without a mean square was not measured, and is trusted less
+    smooth = "none" if seen is None else "modulation" if seen.square is None else "search"
+    specs = [spec_of(choices[name], wish, plan.shapes[name], smooth) for name in names]
     spec = with_spec(specs[0], rank=max(spec.rank for spec in specs))
     held_out = None
     if wish.guard_db and seen is not None:
@@ -307,10 +325,21 @@ def _group(
         spec = with_spec(spec, gptq=True)
     try:
         found = dict(zip(names, quantise_group(weights, biases, spec, seen).layers, strict=True))
+        if wish.guard_db and held_out is None:
+            held_out = _made_up(weights[0].shape[1], choices[names[0]].after_gelu, seen)
         values = _guard(found, originals, choices, wish.guard_db, held_out) if wish.guard_db else {}
     except ValueError as error:
         raise SlipstreamError(f"{NODE}: {names[0]}: {error}; use a file without damage.") from None
     return {name: module_of(layer, model.offload_device) for name, layer in found.items()}, values
+
+
+def _of_the_host(model, name: str, weight: Tensor, bias: Tensor | None) -> torch.nn.Module:
+    """The layer in NVFP4. Raises SlipstreamError."""
+    dtype = model.model.manual_cast_dtype or model.model.get_dtype()
+    try:
+        return nvfp4.layer(weight, bias, dtype, model.load_device)
+    except ValueError as error:
+        raise SlipstreamError(f"{NODE}: {name}: {error}; use a file without damage.") from None
 
 
 def _held_out(seen: Statistics) -> tuple[Statistics, Tensor | None]:
@@ -323,24 +352,28 @@ def _held_out(seen: Statistics) -> tuple[Statistics, Tensor | None]:
     return replace(seen, rows=rows[~held]), rows[held]
 
 
+def _made_up(channels: int, after_gelu: bool, seen: Statistics | None) -> Tensor:
+    """Rows (n, K) that nobody measured: normally distributed, as large as what is known of the channels."""
+    rows = torch.randn(GUARD_ROWS, channels, generator=torch.Generator().manual_seed(0))
+    if after_gelu:
+        return torch.nn.functional.gelu(rows)
+    return rows if seen is None else rows * (seen.absmax if seen.square is None else seen.square.sqrt())
+
+
 def _guard(
     found: dict[str, QuantisedLinear],
     originals: Mapping[str, tuple[Tensor, Tensor | None]],
     choices: dict[str, Choice],
     floor_db: float,
-    seen: Tensor | None,
+    rows: Tensor,
 ) -> dict[str, float]:
     """Replace 4-bit layers whose output is worse than the floor, or take them out; returns what was measured, in dB.
 
-    seen: rows of the true input, or None for normally distributed ones.
+    rows: of the input, (n, K).
     """
     values = {}
     for name, layer in found.items():
         weight, bias = originals[name]
-        rows = seen
-        if rows is None:
-            rows = torch.randn(GUARD_ROWS, weight.shape[1], generator=torch.Generator().manual_seed(0))
-            rows = torch.nn.functional.gelu(rows) if choices[name].after_gelu else rows
         if FORMATS[layer.format].weight_bits == 4:
             values[name] = sqnr(weight, layer, rows.to(weight.device), bias)
     reasons = policy.protection_reasons(values, None, floor_db)

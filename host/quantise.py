@@ -38,7 +38,7 @@ from comfy.patcher_extension import CallbacksMP
 from ..quant.calibration import Statistics
 from ..quant.formats import FORMATS
 from ..quant.linear import W4A4Linear
-from . import profiles
+from . import nvfp4, profiles
 from .errors import SlipstreamError
 from .events import show
 from .first_run import Pending
@@ -55,6 +55,7 @@ from .quant_layers import (  # some of them for those who import this module
     planned,
     quantised_layers,
     spec_of,
+    without_data,
 )
 from .quant_loras import NODE, PREFIX, give_loras, original, quantised_modules
 
@@ -77,7 +78,7 @@ __all__ = [
 log = logging.getLogger("slipstream")
 
 ACTIVATION = "activation/"  # of a layer's statistics in a profile
-CHOICES = (AUTO, *FORMATS)
+CHOICES = (AUTO, *FORMATS, *([nvfp4.FORMAT] if nvfp4.available() else []))
 ACT_BITS = (4, 8, 16)
 
 DEFAULT = QuantWish()
@@ -120,12 +121,12 @@ def quantise(model, wish: QuantWish = DEFAULT, progress: Progress | None = None,
     wish again, while the result of the first time is in use, costs nothing. Raises SlipstreamError, and the host's own
     exception when the user cancels.
     """
-    _check(wish)
+    check_wish(wish)
     if model.get_attachment(KEY) is not None:
         raise SlipstreamError(f"{NODE}: this model already went through a {NODE}; remove one of the two.")
     model = _static(model)
     made = _MADE.setdefault(model.model, weakref.WeakValueDictionary())
-    seen = {} if wish.calibration == FIRST_RUN else _seen(model, wish.calibration)
+    seen = {} if wish.calibration == FIRST_RUN else ranges_of(model, wish.calibration)
     key = (wish, _content(seen))  # a profile of this name may be another one by now
     found = made.get(key)
     clone, teller = model.clone(), Teller(progress, node_id)
@@ -136,7 +137,7 @@ def quantise(model, wish: QuantWish = DEFAULT, progress: Progress | None = None,
         return clone
     if found is None:
         how = f"smoothed by the ranges of {wish.calibration}" if seen else "made without data"
-        found = quantised_layers(model, wish, seen.get, how, teller)
+        found = quantised_layers(model, wish, (seen or without_data(model)).get, how, teller)
         made[key] = found
     place(clone, found)
     return clone
@@ -148,7 +149,13 @@ def _tell(model, node_id: str) -> None:
     show(node_id, text)
 
 
-def _check(wish: QuantWish) -> None:
+def check_wish(wish: QuantWish) -> None:
+    if wish.format == nvfp4.FORMAT and wish.format not in CHOICES:
+        raise SlipstreamError(f"{NODE}: this ComfyUI does not know nvfp4; update it, or choose auto.")
+    if wish.format == nvfp4.FORMAT and (wish.calibration or wish.guard_db or wish.gptq):
+        raise SlipstreamError(
+            f"{NODE}: nvfp4 is made by ComfyUI itself, without calibration, gptq and quality_guard; switch them off."
+        )
     if wish.format not in CHOICES:
         raise SlipstreamError(f"{NODE}: there is no format '{wish.format}'; choose one of {', '.join(CHOICES)}.")
     if wish.act_bits not in ACT_BITS:
@@ -178,7 +185,7 @@ def _static(model):
         ) from None
 
 
-def _seen(model, name: str) -> dict[str, Statistics]:
+def ranges_of(model, name: str) -> dict[str, Statistics]:
     """Activation statistics by layer from a profile; empty without one. Raises SlipstreamError."""
     if not name:
         return {}
@@ -218,7 +225,8 @@ def summary(model) -> str:
 def _words(found: Quantised, size: int, before: int) -> str:
     layers, kept = found.layers, len(found.choices) - len(found.layers)
     rest = f", {kept} left as they were" if kept else ""
-    ranks = {rank for layer in layers.values() if (rank := layer.layer(lora=False).rank)}
+    ours = [layer for layer in layers.values() if isinstance(layer, W4A4Linear)]
+    ranks = {rank for layer in ours if (rank := layer.layer(lora=False).rank)}
     branch = f"with a 16-bit branch of rank {max(ranks)}" if ranks else "without a branch"
     lines = [
         f"{_counted(list(layers.values()))}{rest}; {_bytes(size)} instead of {_bytes(before)}",
@@ -238,9 +246,13 @@ def _words(found: Quantised, size: int, before: int) -> str:
     return "\n".join(lines)
 
 
-def _counted(layers: Sequence[W4A4Linear]) -> str:
-    bits = Counter(FORMATS[layer.format].weight_bits for layer in layers)
-    wide = sum(FORMATS[layer.format].act_bits == 16 for layer in layers)
+def _counted(layers: Sequence[torch.nn.Module]) -> str:
+    ours = [FORMATS[layer.format] for layer in layers if isinstance(layer, W4A4Linear)]
+    bits = Counter(row.weight_bits for row in ours)
+    wide = sum(row.act_bits == 16 for row in ours)
+    if len(ours) < len(layers):
+        eight = f", {bits[8]} in 8 bit" if bits[8] else ""
+        return f"{len(layers) - len(ours)} layers in nvfp4{eight}"
     four = f"{bits[4]} layers in 4 bit" + (f" ({wide} with 16-bit activations)" if wide else "")
     return four + (f", {bits[8]} in 8 bit" if bits[8] else "")
 

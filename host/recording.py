@@ -21,6 +21,7 @@ from .architectures import architecture_of
 from .errors import SlipstreamError
 from .patcher import PROFILE, RECORDER, plan_of, with_plan
 from .plan import CacheConfig, Plan, PredictorConfig
+from .quant_layers import linears_of
 from .sampling import sampler_traits
 
 NODE = "Calibrate"
@@ -109,8 +110,7 @@ def record(job: Job, wish: Wish | None = None, progress: Progress = silent) -> R
     )  # fmt: skip
     steps = len(job.sigmas) - 1
     statistics, finals, moments, growth = [], [], [], {}
-    network = job.model.get_model_object("diffusion_model")
-    activations = Activations(network)
+    activations = Activations(linears_of(job.model))
     for run in range(len(job.runs)):
         recorder = Recorder(seed=run, moments=wish.correction, probed=probes(steps, run))
         watched = with_plan(job.model, Plan(full, _nameless(plan)))

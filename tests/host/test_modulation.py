@@ -11,6 +11,7 @@ import torch
 from slipstream.demo import emoji
 from slipstream.engine.calibration import Activations
 from slipstream.host import modulation
+from slipstream.host.quant_layers import linears_of
 
 # Family, the parameters that say how large a channel is, and layers that must be among those found.
 ROWS = [
@@ -57,7 +58,7 @@ def louder(network: torch.nn.Module, pattern: str) -> bool:
 def agreement(model, positive: list, latent: torch.Tensor) -> dict[str, float]:
     """Correlation of log span and log root mean square of what a run of four steps gave each layer."""
     network = model.model.diffusion_model
-    seen = Activations(network)
+    seen = Activations(linears_of(model))
     noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(0))
     with seen, torch.inference_mode():
         comfy.sample.sample(

@@ -24,7 +24,7 @@ from comfy.patcher_extension import CallbacksMP
 from lab import relative
 from slipstream.demo import emoji
 from slipstream.engine.metrics import psnr
-from slipstream.host import profiles
+from slipstream.host import nvfp4, profiles
 from slipstream.host import quantise as quantising
 from slipstream.host.calibrate import calibrate
 from slipstream.host.errors import SlipstreamError
@@ -34,6 +34,8 @@ from slipstream.quant import policy
 from slipstream.quant.formats import FORMATS
 from slipstream.quant.layer import METHODS, quantise_linear, with_spec
 from slipstream.quant.linear import TOLERANCE, W4A4Linear, factors_of
+
+from bench.quant_models import put_outliers
 
 MLP = "diffusion_model.double_blocks.0.img_mlp.0"
 QKV = "diffusion_model.double_blocks.0.img_attn.qkv"
@@ -616,7 +618,8 @@ def test_dynamic_models_are_quantised_as_their_static_copy(lab):
 
 
 def test_formats_offered_are_those_there_are():
-    assert set(quantising.CHOICES) == {"auto", *FORMATS}
+    assert set(quantising.CHOICES) - {"nvfp4"} == {"auto", *FORMATS}
+    assert ("nvfp4" in quantising.CHOICES) == nvfp4.available()
 
 
 def test_a_profile_gives_the_ranges_that_smooth_the_layers(lab, tmp_path, monkeypatch):
@@ -649,3 +652,60 @@ def test_a_fingerprint_does_not_depend_on_what_is_loaded(lab):
     for model in (clone, base, clone):
         plain_sample(lab, model)
         assert (profiles.fingerprint(base), profiles.fingerprint(clone)) == before
+
+
+def test_nvfp4_is_the_hosts_own_layer_and_its_file_the_hosts_own_loader_reads(lab, tmp_path, monkeypatch):
+    """Where the host has NVFP4: sampled, LoRA on and off, saved, and read by the stock loader with the same result."""
+    if not nvfp4.available():
+        with pytest.raises(SlipstreamError, match="does not know nvfp4"):
+            quantise(lab.flux, QuantWish("nvfp4"))
+        return
+    from slipstream.host.quant_files import save
+
+    model = quantise(lab.flux, QuantWish("nvfp4"))
+    assert "layers in nvfp4" in quantising.summary(model)
+    plain, packed = plain_sample(lab, lab.flux), plain_sample(lab, model)
+    assert 20 < psnr(packed, plain) < 60
+    adapted = model.clone()
+    patches, _ = adapter(adapted, MLP)
+    assert adapted.add_patches(patches)
+    assert relative(plain_sample(lab, adapted), packed) > 1e-3
+    assert torch.equal(plain_sample(lab, model), packed)
+    assert torch.equal(plain_sample(lab, lab.flux), plain)
+    monkeypatch.setattr(folder_paths, "get_folder_paths", lambda name: [str(tmp_path)])
+    with torch.inference_mode():  # as a node runs: the host cannot move its quantised tensors otherwise
+        file, _ = save(model, "four")
+        again = comfy.sd.load_diffusion_model(str(tmp_path / file))
+    assert relative(plain_sample(lab, again), packed) < 0.05
+    assert torch.equal(plain_sample(lab, lab.flux), plain)
+    with pytest.raises(SlipstreamError, match="switch them off"):
+        quantise(lab.flux, QuantWish("nvfp4", guard_db=10))
+
+
+def test_outliers_that_come_through_the_modulation_are_smoothed_without_data(lab, monkeypatch):
+    """A network made to have channels thirty times as large, the same function: only the spans save it."""
+    model = emoji.load_flux()
+    put_outliers(model.model.diffusion_model, 30.0)
+    plain = plain_sample(lab, model)
+    smoothed = psnr(plain_sample(lab, quantise(model, QuantWish())), plain)
+    monkeypatch.setattr(quantising, "without_data", lambda model: {})
+    assert smoothed > psnr(plain_sample(lab, quantise(model, QuantWish(rank=33))), plain) + 6
+
+
+@pytest.mark.skipif(not nvfp4.available(), reason="this host has no quantised Linear that is loaded layer by layer")
+def test_scaled_fp8_of_the_host_is_scaled_up_and_quantised(lab):
+    """The newest host keeps fp8 files as quantised tensors; those are no reason to refuse a model."""
+    model = lab.flux
+    own = model.get_model_object(MLP)
+    with torch.inference_mode():
+        packed = comfy.quant_ops.QuantizedTensor.from_float(own.weight.detach().clone(), "TensorCoreFP8E4M3Layout")
+        linear = comfy.ops.mixed_precision_ops({}, torch.float32).Linear(
+            own.in_features, own.out_features, device="cpu"
+        )
+        state = {"comfy_quant": torch.tensor(list(b'{"format": "float8_e4m3fn"}'), dtype=torch.uint8)}
+        linear.load_state_dict({**state, **packed.state_dict("weight"), "bias": own.bias.detach().clone()})
+    eight = model.clone()
+    eight.add_object_patch(MLP, linear)
+    layer = quantised(quantise(eight)).layers[MLP.removeprefix("diffusion_model.")]
+    with torch.inference_mode():
+        assert relative(layer.layer().dequantise(), packed.dequantize()) < 0.15

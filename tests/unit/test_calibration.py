@@ -101,7 +101,7 @@ def test_channel_moments_are_means_of_products_per_channel(sample):
 def test_activations_are_the_ranges_of_every_linear_layers_input_and_nothing_stays_behind():
     network = torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
     batches = [torch.randn(3, 5, 6), torch.randn(2, 6) * 3]
-    activations = Activations(network)
+    activations = Activations({n: m for n, m in network.named_modules() if isinstance(m, torch.nn.Linear)})
     with activations, torch.no_grad():
         for batch in batches:
             network(batch)
