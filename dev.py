@@ -71,7 +71,7 @@ def test(environment: Environment, rest: list[str]) -> int:
 
 
 def bench(environment: Environment, rest: list[str]) -> int:
-    names = sorted(p.stem for p in (ROOT / "bench").glob("*.py") if p.stem not in ("__init__", "boot", "quant_models", "rows"))
+    names = sorted(p.stem for p in (ROOT / "bench").glob("*.py") if "\ndef main(" in p.read_text(encoding="utf-8"))
     if not rest or rest[0] not in names:
         raise Stop(f"`python dev.py bench` needs one of these names: {', '.join(names)}.")
     return environment.python("-m", f"bench.{rest[0]}", *rest[1:])

@@ -258,8 +258,10 @@ class Teller:
 
 
 def spec_of(choice: Choice, wish: QuantWish, shape: tuple[int, int], smooth: str = "none") -> Spec | None:
-    """How a layer of shape (N, K) is quantised; None: it stays. A width that 4-bit groups do not fit gets 8 bit. smooth:
-    of `Spec`, for formats that smooth. With NVFP4 it tells of the layers that do not become the host's."""
+    """How a layer of shape (N, K) is quantised; None: it stays. A width that 4-bit groups do not fit gets 8 bit.
+
+    smooth: of `Spec`, for formats that smooth. With NVFP4 it tells of the layers that do not become the host's.
+    """
     n, k = shape
     if choice.treatment == "keep" or not rotation_size(k):
         return None

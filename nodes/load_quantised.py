@@ -24,7 +24,7 @@ class LoadQuantisedModel(io.ComfyNode):
             inputs=[
                 widget(
                     io.Combo.Input, "model_name", options=names(),
-                    tooltip="From models/diffusion_models. Files that are not quantised belong to Load Diffusion Model.",
+                    tooltip="From models/diffusion_models. Others belong to Load Diffusion Model.",
                 ),
             ],
             outputs=[io.Model.Output()],

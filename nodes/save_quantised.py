@@ -30,7 +30,7 @@ class SaveQuantisedModel(io.ComfyNode):
                 ),
                 io.Latent.Input(
                     "after", optional=True,
-                    tooltip="With calibration on the first run: the sampler's latent, so that it is saved after that run.",
+                    tooltip="With calibration on the first run: the sampler's latent, to save after that run.",
                 ),
             ],
             outputs=[io.String.Output(display_name="file")],

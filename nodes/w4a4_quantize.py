@@ -21,7 +21,7 @@ def wish_widgets(calibrations: list[str], where: str) -> list:
             tooltip=(
                 "auto: rotated 4-bit groups with a low-rank branch, the best without data. svdquant_w4a4: "
                 "comfy-kitchen's layout. convrot_w4a4, int8_convrot: the host's own layouts. w4a8, w4a16: 4-bit "
-                "weights with 8- or 16-bit activations, nearer to the original."
+                "weights with 8- or 16-bit activations, nearer to the original. nvfp4: the host's own, for RTX 50."
             ),
         ),
         widget(
@@ -38,8 +38,8 @@ def wish_widgets(calibrations: list[str], where: str) -> list:
         widget(
             io.String.Input, "layers", default="", multiline=True,
             tooltip=(
-                "Empty: chosen for this model. Or lines such as 'img_mlp = w4a16' or 'single_blocks.0 = keep': a part of "
-                "the layer names, =, and keep, w8a8, w4a16 or w4a4."
+                "Empty: chosen for this model. Or lines such as 'img_mlp = w4a16' or 'single_blocks.0 = keep': a part "
+                "of the layer names, =, and keep, w8a8, w4a16 or w4a4."
             ),
         ),
         widget(
@@ -59,8 +59,8 @@ class W4A4Quantize(io.ComfyNode):
             node_id="SlipstreamW4A4Quantize",
             display_name="W4A4 Quantize",
             description=(
-                "Turns the linear layers of any loaded model into 4 bit: about 0.28 of the memory of 16 bit. LoRA nodes "
-                "may stand before or after it. Save the result with Save Quantized Model."
+                "Turns the linear layers of any loaded model into 4 bit: about 0.28 of the memory of 16 bit. LoRA "
+                "nodes may stand before or after it. Save the result with Save Quantized Model."
             ),
             search_aliases=["svdquant", "nunchaku", "int4", "4bit", "quantise", "convrot", "w4a4", "memory", "vram"],
             inputs=[
@@ -72,13 +72,13 @@ class W4A4Quantize(io.ComfyNode):
                 ),
                 widget(
                     io.Int.Input, "evaluations", optional=True, default=8, min=1, max=64, advanced=True,
-                    tooltip="With calibration on the first run: steps that are measured, over the whole schedule. Try 8.",
+                    tooltip="With calibration on the first run: steps that are measured, over the schedule. Try 8.",
                 ),
                 widget(
                     io.Boolean.Input, "gptq", optional=True, default=False, advanced=True,
                     tooltip=(
-                        "With calibration on the first run: round every weight with regard to the others (GPTQ). Nearer, "
-                        "and several times slower to make."
+                        "With calibration on the first run: round every weight with regard to the others (GPTQ). Every "
+                        "layer comes nearer, the picture not always; several times slower to make."
                     ),
                 ),
             ],
