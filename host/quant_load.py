@@ -28,6 +28,8 @@ from ..quant.files import QUANTISATION, Described, File
 from ..quant.formats import QuantisedLinear, QuantisedSplit, pack_int4, read_layer
 from ..quant.linear import W4A4Linear
 from .errors import SlipstreamError
+from .kernels import keep_choices
+from .quant_layers import classified, share_inputs
 from .quant_loras import give_loras
 
 log = logging.getLogger("slipstream")
@@ -87,16 +89,20 @@ def load(name: str):
         raise SlipstreamError(f"{NODE}: {name}: {str(error).rstrip('.')}; download or save it again.") from None
     finally:
         file.close()
+    placed = {}
     for path, key in found.places.items():
         module = layers.pop(key.removesuffix(".weight"))
         module.managed = True
-        found.place(path.removesuffix(".weight"), module.to(found.model.offload_device))
+        placed[path.removesuffix(".weight")] = module.to(found.model.offload_device)
+        found.place(path.removesuffix(".weight"), module)
     if layers:
         raise SlipstreamError(
             f"{NODE}: {name}: this host has no place for the layer {next(iter(layers))}; update ComfyUI, or load a "
             "file of another model."
         )
     model = found.model
+    share_inputs(placed, classified(model))
+    keep_choices()
     model.size = 0  # to be measured anew, with the packed layers
     model.add_callback_with_key(CallbacksMP.ON_LOAD, KEY, give_loras)
     model.cached_patcher_init = (load, (name,))  # how newer hosts make a copy for another card

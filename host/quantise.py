@@ -42,6 +42,7 @@ from . import nvfp4, profiles
 from .errors import SlipstreamError
 from .events import show
 from .first_run import Pending
+from .kernels import keep_choices, tell_after_a_run
 from .quant_layers import (  # some of them for those who import this module
     AUTO,
     FIRST_RUN,
@@ -125,11 +126,14 @@ def quantise(model, wish: QuantWish = DEFAULT, progress: Progress | None = None,
     if model.get_attachment(KEY) is not None:
         raise SlipstreamError(f"{NODE}: this model already went through a {NODE}; remove one of the two.")
     model = _static(model)
+    keep_choices()
     made = _MADE.setdefault(model.model, weakref.WeakValueDictionary())
     seen = {} if wish.calibration == FIRST_RUN else ranges_of(model, wish.calibration)
     key = (wish, _content(seen))  # a profile of this name may be another one by now
     found = made.get(key)
     clone, teller = model.clone(), Teller(progress, node_id)
+    if node_id:
+        tell_after_a_run(clone, node_id, summary)
     if found is None and wish.calibration == FIRST_RUN:
         planned(model, wish)  # what cannot be quantised is said now
         clone.add_callback_with_key(CallbacksMP.ON_LOAD, KEY, give_loras)

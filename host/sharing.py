@@ -19,7 +19,7 @@ import folder_paths
 from aiohttp import web
 
 from ..engine.profile import BLOCKS, Profile, ProfileError
-from . import profiles
+from . import profiles, strip
 from .errors import SlipstreamError
 from .events import server_of_host
 
@@ -42,6 +42,7 @@ def register() -> None:
     server.add_on_prompt_handler(on_prompt)
     server.routes.get(ROUTE + "/{name}")(get_profile)
     server.routes.post(ROUTE)(post_profile)
+    strip.register(server)
 
 
 def on_prompt(json_data: dict) -> dict:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -234,3 +235,59 @@ def _finish(total: Tensor, x: Tensor, down: Tensor | None, up: Tensor | None, bi
     if bias is not None:
         total += bias.float()
     return rounded(total.view(*x.shape[:-1], total.shape[1]), x.dtype)
+
+
+# The magnitudes of e2m1, in the order of their codes; bit 3 is the sign.
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+def nvfp4_quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantise every 16 channels of every row to e2m1 with an e4m3 scale (NVFP4 without the scale of the tensor).
+
+    scale = min(max |x| / 6, 448) in float8_e4m3fn (zero for blocks too small for it); code = the e2m1 number nearest
+    to x / scale, a tie to the even code, beyond 6 to 6. x: finite float (M, K), 16 divides K. Returns int8 (M, K/2),
+    low nibble = even column, and float8_e4m3fn (M, K/16). Numbers: OCP MX v1.0; scales: nunchaku, per block only.
+    """
+    m, k = x.shape
+    blocks = x.float().reshape(m, k // 16, 16)
+    scales = (blocks.abs().amax(-1) / 6).clamp_(max=448).to(torch.float8_e4m3fn)
+    wide = scales.float()[..., None]
+    q = torch.where(wide > 0, blocks / wide, 0.0)
+    size, codes = q.abs(), (q < 0).to(torch.int8) << 3
+    for i, (low, high) in enumerate(pairwise(E2M1)):
+        middle = (low + high) / 2
+        codes += (size >= middle) if i % 2 else (size > middle)
+    return pack_int4(codes.view(m, k)), scales
+
+
+def nvfp4_values(packed: Tensor, scales: Tensor) -> Tensor:
+    """What `nvfp4_quantize` kept, float32 (M, K)."""
+    values = torch.tensor([*E2M1, *(-v for v in E2M1)], device=packed.device)
+    codes = unpack_int4(packed, unsigned=True).long()
+    return (values[codes].view(*scales.shape, 16) * scales.float()[..., None]).view(codes.shape)
+
+
+def nvfp4_linear(
+    x: Tensor,
+    packed: Tensor,
+    block_scale: Tensor,
+    channel_scale: Tensor,
+    proj_down: Tensor | None = None,
+    proj_up: Tensor | None = None,
+    smooth: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    rotation: int = 0,
+) -> Tensor:
+    """y = (q(rotate(x / smooth)) @ w^T) channel_scale + (x proj_down) proj_up^T + bias, both sides NVFP4.
+
+    x: (..., K) float; packed: int8 (N, K/2) and block_scale: float8_e4m3fn (N, K/16) of `nvfp4_quantize`, of the weight
+    divided by channel_scale: float32 (N,), which keeps the scales in the range of e4m3. The rest as in `w4a4_linear`.
+    """
+    k = 2 * packed.shape[1]
+    if x.shape[-1] != k:
+        raise ValueError(f"the layer takes {k} channels, the input has {x.shape[-1]}")
+    main = x.reshape(-1, k).float()
+    main = hadamard(main if smooth is None else main / smooth.float(), rotation)
+    total = nvfp4_values(*nvfp4_quantize(main)) @ nvfp4_values(packed, block_scale).T * channel_scale.float()
+    return _finish(total, x, proj_down, proj_up, bias)

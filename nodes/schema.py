@@ -12,6 +12,9 @@ CATEGORY = "slipstream"
 
 def schema(**arguments) -> io.Schema:
     """`io.Schema` in our category, without the fields this host has not."""
+    if arguments.get("hidden"):
+        # else the host gives an equal node its twin's result, which speaks to the twin's place on the canvas
+        arguments.setdefault("not_idempotent", True)
     known = {field.name for field in dataclasses.fields(io.Schema)}
     return io.Schema(category=CATEGORY, **{k: v for k, v in arguments.items() if k in known})
 

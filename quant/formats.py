@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..kernels.reference import GELU_SHIFT, convrot_linear, pack_int4, unpack_int4, w4a4_linear
+from ..kernels.linear import convrot_linear, w4a4_linear
+from ..kernels.reference import GELU_SHIFT, pack_int4, unpack_int4
 from .rotate import rotate
 
 __all__ = [
@@ -146,12 +147,17 @@ class QuantisedLinear:
         """Bytes of all tensors; what layers share (q, k, v share smooth and proj_down) is counted in each."""
         return sum(t.numel() * t.element_size() for t in self.tensors.values())
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """The layer's output (..., N) by the exact reference, in x's dtype."""
-        row, branch = FORMATS[self.format], {"proj_down": self.proj_down, "proj_up": self.proj_up}
+    def __call__(self, x: Tensor, share: tuple[Hashable, int] | None = None, kernel: str | None = None) -> Tensor:
+        """The layer's output (..., N) in x's dtype, by the fastest kernel that agrees with the exact reference.
+
+        share: (key, count) of so many layers that are given the same x and have the same smooth factors and
+        down-projection, so that it is quantised once; kernel: the name of one, such as "reference".
+        """
+        row = FORMATS[self.format]
+        options = {"proj_down": self.proj_down, "proj_up": self.proj_up, "share": share, "kernel": kernel}
         if row.per_row:
             return convrot_linear(
-                x, self.weight, self.weight_scale, self.bias, rotation=self.rotation, bits=row.weight_bits, **branch
+                x, self.weight, self.weight_scale, self.bias, rotation=self.rotation, bits=row.weight_bits, **options
             )
         return w4a4_linear(
             x,
@@ -163,7 +169,7 @@ class QuantisedLinear:
             group_size=self.group_size,
             unsigned=self.act_unsigned,
             rotation=self.rotation,
-            **branch,
+            **options,
         )
 
     def with_act_bits(self, bits: int) -> QuantisedLinear:
@@ -329,12 +335,12 @@ class QuantisedSplit:
         """Bytes of all tensors."""
         return sum(part.nbytes for part in self.parts)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """The layer's output (..., N) by the exact reference, in x's dtype."""
+    def __call__(self, x: Tensor, share: None = None, kernel: str | None = None) -> Tensor:
+        """The layer's output (..., N) in x's dtype; see `QuantisedLinear`. Parts share their input with nobody."""
         if x.shape[-1] != self.shape[1]:
             raise ValueError(f"the layer takes {self.shape[1]} channels, got {x.shape[-1]}")
         pieces = x.split([part.shape[1] for part in self.parts], -1)
-        outputs = [part(piece) for part, piece in zip(self.parts, pieces, strict=True)]
+        outputs = [part(piece, kernel=kernel) for part, piece in zip(self.parts, pieces, strict=True)]
         return torch.stack(outputs).sum(0)
 
     def dequantise(self) -> Tensor:

@@ -13,7 +13,7 @@ parameter with the same data in its place, as ComfyUI's backups do, has the laye
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
 import torch
@@ -60,14 +60,15 @@ class _Change:
 
 
 class W4A4Linear(torch.nn.Linear):
-    """`QuantisedLinear` as a module: forward (..., K) -> (..., N) by the exact reference, in x's dtype, no gradients.
+    """`QuantisedLinear` as a module: forward (..., K) -> (..., N), in x's dtype, no gradients.
 
     A `QuantisedSplit` is one module too, a leaf that a host moves and measures as one: the tensors of its first part
     under their own names, those of part 1 as `part1_weight` and so on. A LoRA's down matrix is cut along K.
     Parameters may lie on another device than x and are then copied for the call. No conversion of the module (`half()`,
     `to(dtype)`) changes a parameter's dtype: codes and scales mean something only as they were stored.
     managed: set by a host that gives every LoRA with `set_lora` when its loading is over; `set_weight` and `set_bias`
-    then do nothing. lora_error: part of the last change, relative, that the branch could not hold.
+    then do nothing. lora_error: part of the last change, relative, that the branch could not hold. share: (key, count)
+    of layers that are given the same input, q, k and v; without a LoRA they quantise it once.
     """
 
     def __init__(self, layer: QuantisedLinear | QuantisedSplit) -> None:
@@ -82,6 +83,7 @@ class W4A4Linear(torch.nn.Linear):
         self.format, self.original_dtype = layer.format, layer.dtype
         self.rotation = parts[0].rotation
         self.managed, self.lora_error = False, 0.0
+        self.share: tuple[Hashable, int] | None = None
         self._change = _Change(self.weight)
 
     @property
@@ -142,7 +144,9 @@ class W4A4Linear(torch.nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """input: float (..., K), contiguous or not, empty or not. Raises ValueError when the channels differ."""
-        return self.layer(input.device)(input)
+        change = self._current()
+        as_made = change is None or (change.down is None and change.whole is None)
+        return self.layer(input.device)(input, self.share if as_made else None)
 
     def set_lora(self, down: Tensor | None, up: Tensor | None, bias: Tensor | None = None, mark: object = None) -> None:
         """Add up @ down^T, down (K, r) and up (N, r), to the weight and `bias` (N,) to the bias; None takes it off.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import io
+import itertools
 import json
 from pathlib import Path
 
@@ -145,13 +146,15 @@ def test_workflow_files_run_as_they_are(server, path):
 
 def test_events_text_and_counts_agree(server, prompt):
     result = run(server, workflow.change(prompt, "KSampler", seed=101))
-    evaluations = [data for kind, data in result.events if kind == "slipstream.evaluation"]
+    messages = [data for kind, data in result.events if kind == "slipstream.evaluation"]
+    # A message holds what is new or changed, so a later cell replaces the earlier one of its index.
+    evaluations = {cell["index"]: cell for message in messages for cell in message["cells"]}
     finished = [data for kind, data in result.events if kind == "slipstream.finished"]
     counted = [data["evaluations"] for kind, data in result.events if kind == "slipstream_demo.count"]
-    computed = sum(e["action"] == "computed" for e in evaluations)
+    computed = sum(e["action"] == "computed" for e in evaluations.values())
     assert len(evaluations) == 16 and computed == counted[0] == finished[0]["computed"] < 16
     nodes = [workflow.first(prompt, n) for n in ("SlipstreamCacheLoader", "SlipstreamTaylorPredictor")]
-    assert evaluations[0]["nodes"] == nodes
+    assert list(evaluations) == list(range(16)) and all(message["nodes"] == nodes for message in messages)
     assert all(f"computed {computed} of 16" in result.texts[node] for node in nodes)
 
 
@@ -299,8 +302,9 @@ def test_a_picture_brings_the_profile_it_was_made_with(server, tmp_path):
         (tmp_path / "workflow.json").write_text(json.dumps(graph))
         prompt = workflow.change(workflow.load(tmp_path / "workflow.json", info), "KSampler", **sampler)
         result = await client.run(prompt, extra_pnginfo={"workflow": graph})
-        steps = [data["step"] for kind, data in result.events if kind == "slipstream.evaluation"
-                 and data["action"] == "computed"]  # fmt: skip
+        messages = [data["cells"] for kind, data in result.events if kind == "slipstream.evaluation"]
+        cells = {cell["index"]: cell for cell in itertools.chain(*messages)}
+        steps = [cell["step"] for cell in cells.values() if cell["action"] == "computed"]
         (image,) = (item for output in result.outputs.values() for item in output.get("images", []))
         metadata = Image.open(io.BytesIO(await client.file(image))).text
         return steps, json.loads(metadata["workflow"]), json.loads(metadata["prompt"])
