@@ -20,8 +20,8 @@ from .svd import Branch, low_rank, refine
 
 __all__ = ["METHODS", "Outcome", "Spec", "Statistics", "quantise_group", "quantise_linear", "quantise_split"]
 
-# Rows on which candidates are compared.
-SEARCH_ROWS = 128
+# Rows on which candidates are compared, and outputs of the layer, at most.
+SEARCH_ROWS, SEARCH_OUTPUTS = 128, 1536
 
 # Power iterations of a candidate's branch: enough to rank candidates, the chosen one gets the full number.
 SEARCH_ITERATIONS = 1
@@ -307,13 +307,14 @@ class _Work:
         if self.rows is None:
             return smooth_factor(act, span, 0.5, 0.5).to(self.storage), (0.5, 0.5), []
 
+        part = evenly(self.weight, SEARCH_OUTPUTS)
+        rank, target = min(self.spec.rank, len(part)), self.rows @ part.T
+
         def error(exponents: tuple[float, float]) -> float:
             factor = smooth_factor(act, span, *exponents).to(self.storage)
-            branch, left = low_rank(
-                self.weight * factor.float(), factor, self.spec.rank, self.storage, SEARCH_ITERATIONS
-            )
+            branch, left = low_rank(part * factor.float(), factor, rank, self.storage, SEARCH_ITERATIONS)
             main = rounded_to_nearest(rotate(left, self.rotation), self.spec.group_size, 4, self.storage)
-            return self.error(main, factor, branch)
+            return self.error(main, factor, branch, target)
 
         exponents, errors = choose(self.spec.grid, error)
         return smooth_factor(act, span, *exponents).to(self.storage), exponents, errors
@@ -332,21 +333,24 @@ class _Work:
         found = refine(first, make, again, self.spec.refine)
         return found.best, found.errors
 
-    def error(self, main: Tensor, smooth: Tensor, branch: Branch) -> float:
-        """Relative squared output error of the complete fake-quantised layer; without rows, of the smoothed weight."""
+    def error(self, main: Tensor, smooth: Tensor, branch: Branch, target: Tensor | None = None) -> float:
+        """Relative squared output error of the complete fake-quantised layer; without rows, of the smoothed weight.
+
+        target: the true output, of a part of the outputs.
+        """
         if self.rows is None:
             smoothed = self.weight * smooth.float()
             difference = rotate(main, self.rotation) + branch.smoothed(smooth) - smoothed
             return float(difference.square().sum() / smoothed.square().sum().clamp_min(1e-30))
-        if self.target is None:
-            self.target = self.rows @ self.weight.T
+        if target is None:
+            target = self.target = self.rows @ self.weight.T if self.target is None else self.target
         shift = GELU_SHIFT if self.spec.act_unsigned else 0.0
         inputs = rotate((self.rows + shift) / smooth.float(), self.rotation)
         found = (self.rows @ branch.down.float()) @ branch.up.float().T
         if shift:
             found -= shift * (main @ smooth.float().reciprocal())
         found.addmm_(fake_quantised(inputs, self.spec), main.T)
-        return float((found - self.target).square().sum() / self.target.square().sum().clamp_min(1e-30))
+        return float((found - target).square().sum() / target.square().sum().clamp_min(1e-30))
 
 
 def fake_quantised(inputs: Tensor, spec: Spec) -> Tensor:
