@@ -317,6 +317,8 @@ def test_h18_no_mutable_module_globals():
         ("kernels/dispatch.py", "_devices"),  # which kernel serves which shape on which card, behind a lock
         ("kernels/dispatch.py", "_folder"),  # where that is kept
         ("kernels/dispatch.py", "_use"),  # the user's override
+        ("kernels/derived.py", "_kept"),  # other layouts of a weight, which go with its memory
+        ("host/reference.py", "_COPIES"),  # 8-bit copies of layers, which go with the layer
     }
     found = set()
     for folder in ("engine", "quant", "kernels", "host", "nodes"):
