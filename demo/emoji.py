@@ -23,17 +23,20 @@ __all__ = [
     "FLUX",
     "MODELS",
     "PROMPTS",
+    "SMALL_FLUX",
     "UNET",
     "VAE",
     "conditioning",
     "encode_text",
     "load_flux",
+    "load_small_flux",
     "load_unet",
     "load_vae",
 ]
 
 MODELS = Path(__file__).parent / "models"
 FLUX = MODELS / "tiny_flux_emoji.safetensors"
+SMALL_FLUX = MODELS / "tiny_flux_emoji_small.safetensors"
 UNET = MODELS / "tiny_sd15_emoji.safetensors"
 VAE = MODELS / "tiny_emoji_vae_linear4x16.safetensors"
 
@@ -108,6 +111,11 @@ def load_flux(path: Path = FLUX) -> comfy.model_patcher.ModelPatcher:
     """The trained Flux through the host's own loader."""
     accept_small_flux()
     return comfy.sd.load_diffusion_model(str(path))
+
+
+def load_small_flux(path: Path = SMALL_FLUX) -> comfy.model_patcher.ModelPatcher:
+    """The small Flux that was distilled from the trained one: the same latents, schedule and conditioning."""
+    return load_flux(path)
 
 
 class TinySD15(comfy.supported_models.SD15):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from ..engine.metrics import psnr, relative_error, ssim
 from . import events
 from .errors import SlipstreamError
 from .patcher import plan_of
+from .segments import segments_of
 
 NODE = "Speed & Quality Report"
 
@@ -53,11 +55,22 @@ def make_report(samples: dict, reference: dict, model, reference_model, vae, pre
         numbers["picture_psnr_db"] = _mean([psnr(v, r, 1.0) for r, v in zip(*pictures, strict=True)])
         numbers["picture_ssim"] = ssim(pictures[1], pictures[0])
     for name, source in (("run", model), ("reference_run", reference_model)):
-        numbers[name] = None if source is None else events.last_report(plan_of(source))
+        numbers[name] = None if source is None else last_run(source)
     numbers["speed_up"] = _speed_up(numbers["run"], numbers["reference_run"])
     numbers["verdict"] = verdict(numbers)
     text = json.dumps(_finite(numbers), indent=1)
     return _save(numbers, pictures, text, prefix)
+
+
+@dataclass(frozen=True, slots=True)
+class _Nodes:
+    node_ids: tuple[str, ...]
+
+
+def last_run(model) -> dict | None:
+    """The report of this MODEL's last run; of one with a switch the switch's, which knows of all its models."""
+    switches = (segment.node_id for segment in segments_of(model) if segment.node_id)
+    return events.last_report(_Nodes((*plan_of(model).node_ids, *switches)))
 
 
 def verdict(numbers: dict) -> str:
@@ -69,8 +82,12 @@ def verdict(numbers: dict) -> str:
     what = "pictures" if "picture_psnr_db" in numbers else "latents"
     parts = [f"{error:.1f} dB between the two {what}"]
     if run is not None:
-        worth = run.get("computed_share", run["computed"])
-        parts.append(f"{worth:.4g} of {run['evaluations']} evaluations computed")
+        elsewhere = {m: n for m, n in marks(run).items() if m in (SMALL, REMOTE)}
+        if elsewhere:
+            parts += [f"{n} of {run['evaluations']} evaluations {WORDS[m]}" for m, n in elsewhere.items()]
+        else:
+            worth = run.get("computed_share", run["computed"])
+            parts.append(f"{worth:.4g} of {run['evaluations']} evaluations computed")
     if numbers["speed_up"] is not None:
         parts.append(f"{numbers['speed_up']:.2f} times as fast")
     ending = "hard to tell apart" if error >= 40 else "small differences" if error >= 30 else "visibly different"
@@ -147,23 +164,45 @@ def _draw_pictures(figure, pictures: list[Tensor]) -> None:
         axes.axis("off")
 
 
-# Colours that colour-blind readers tell apart (Okabe and Ito), one per thing that can become of an evaluation.
-COLOURS = {"computed": "#0072B2", "forecast": "#E69F00", "reused": "#56B4E9"}
+SMALL, REMOTE, ANCHOR = "small model", "remote", "anchor"
+WORDS = {SMALL: "by a small model", REMOTE: "on another server"}
+
+# Colours that colour-blind readers tell apart (Okabe and Ito; Tableau), one per thing that can become of an evaluation.
+COLOURS = {
+    "computed": "#0072B2", "forecast": "#E69F00", "reused": "#56B4E9", ANCHOR: "#009E73", REMOTE: "#D55E00",
+    SMALL: "#B07AA1",
+}  # fmt: skip
+OTHER = "#999999"
+
+
+def marks(run: dict) -> dict[str, int]:
+    """How often each thing became of an evaluation, in the order of the colours."""
+    seen = Counter(_mark(e) for e in run["trace"])
+    return {mark: seen[mark] for mark in sorted(seen, key=[*COLOURS, *seen].index)}
+
+
+def _mark(evaluation: dict) -> str:
+    return ANCHOR if evaluation.get("anchor") else evaluation["action"]
 
 
 def _draw_run(figure, run: dict) -> None:
     axes = figure.subplots()
-    for e in run["trace"]:
-        axes.axvspan(e["index"] - 0.5, e["index"] + 0.5, ymax=0.12, color=COLOURS[e["action"]], lw=0)
     seen = [(e["index"], 100 * e["drift"]) for e in run["trace"] if e["drift"] is not None]
+    for e in run["trace"]:
+        colour = COLOURS.get(_mark(e), OTHER)
+        axes.axvspan(e["index"] - 0.5, e["index"] + 0.5, ymax=0.12 if seen else 0.5, color=colour, lw=0)
+    axes.set_xlim(-0.5, max(0.5, len(run["trace"]) - 0.5))
+    counts = marks(run)
+    said = f"computed {run['computed']}, filled {run['filled']}"
+    if SMALL in counts or REMOTE in counts:
+        said = ", ".join(f"{mark} {n}" for mark, n in counts.items())
+    axes.set_xlabel(f"evaluation: {said} ({run['seconds']:.2f} s)", fontsize=9)
     if seen:
         axes.plot(*zip(*seen, strict=True), marker="o", ms=3, color="#333333", lw=1)
-    axes.set_xlim(-0.5, max(0.5, len(run["trace"]) - 0.5))
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel(
-        f"evaluation: computed {run['computed']}, filled {run['filled']} ({run['seconds']:.2f} s)", fontsize=9
-    )
-    axes.set_ylabel("drift measured, %", fontsize=9)
-    for action, colour in COLOURS.items():
-        axes.plot([], [], lw=6, color=colour, label=action)
-    axes.legend(fontsize=8, ncols=3, loc="upper center")
+        axes.set_ylabel("drift measured, %", fontsize=9)
+        axes.set_ylim(bottom=0)
+    else:
+        axes.set_yticks([])
+    for mark in counts:
+        axes.plot([], [], lw=6, color=COLOURS.get(mark, OTHER), label=mark)
+    axes.legend(fontsize=8, ncols=max(1, len(counts)), loc="upper center")

@@ -1,17 +1,22 @@
-"""Train the demo's small Flux by flow matching on emoji pictures; a time budget instead of a step count.
+"""Train the demo's Flux by flow matching on emoji pictures; a time budget instead of a step count.
 
     python -m demo.models.train_flux --data package --minutes 75 --out trained
+    python -m demo.models.train_flux --data package --minutes 13 --out trained --size small \\
+        --teacher demo/models/tiny_flux_emoji.safetensors
 
 `--data` is the unpacked npm package `emoji-datasource-google`; COMFYUI_PATH names the checkout whose `Flux` is used.
+With a teacher the network learns the teacher's velocities on noised pictures, not the pictures' own.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import json
 import math
 import time
+from collections import deque
 from pathlib import Path
 
 import numpy as np
@@ -25,10 +30,17 @@ CONFIG = dict(
     mlp_ratio=4.0, num_heads=2, depth=2, depth_single_blocks=3, axes_dim=[16, 56, 56], theta=10000, patch_size=2,
     qkv_bias=True, guidance_embed=False,
 )  # fmt: skip
+# What each size changes, and its file. The small one has a fifth of the large one's work per evaluation.
+SIZES = {
+    "large": ({}, "tiny_flux_emoji"),
+    "small": (dict(depth=1, depth_single_blocks=0), "tiny_flux_emoji_small"),
+}
 GROUPS = {"food-fruit", "food-prepared", "food-sweet", "animal-mammal"}
 FLUX_SCALE, FLUX_SHIFT = 0.3611, 0.1159  # comfy.latent_formats.Flux
 LEARNING_RATE, WARM_UP, BATCH = 8e-4, 150, 20
 EMPTY_PROMPTS, UNIFORM_TIMES, AVERAGE = 0.1, 0.15, 0.9985
+# Distilling: new questions to the teacher per step, and how many of its answers are kept for re-use.
+FRESH, KEPT = 10, 6000
 
 
 def load_pictures(package: Path) -> tuple[list[str], Tensor]:
@@ -99,7 +111,64 @@ def follow(average: torch.nn.Module, network: torch.nn.Module, step: int, keep: 
     torch._foreach_lerp_(list(average.parameters()), list(network.parameters()), 1 - keep)
 
 
-def train(data: Path, out: Path, minutes: float, resume: Path | None) -> None:
+def drop_prompts(tokens: Tensor, pooled: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """The texts with some of them replaced by the empty prompt."""
+    told = (torch.rand(len(tokens), generator=generator) >= EMPTY_PROMPTS).float()
+    return tokens * told[:, None, None], pooled * told[:, None]
+
+
+class Pictures:
+    """Batches of flow matching: noised pictures and the velocity that leads from picture to noise."""
+
+    def __init__(self, latents: Tensor, tokens: Tensor, pooled: Tensor, generator: torch.Generator):
+        self.latents, self.tokens, self.pooled, self.generator = latents, tokens, pooled, generator
+
+    def batch(self, count: int = BATCH, times=sample_times) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """(mixed, t, tokens, pooled, velocity)"""
+        chosen = torch.randint(len(self.latents), (count,), generator=self.generator)
+        clean = self.latents[chosen]
+        noise = torch.randn(clean.shape, generator=self.generator)
+        texts = drop_prompts(self.tokens[chosen], self.pooled[chosen], self.generator)
+        t = times(count, self.generator)
+        return torch.lerp(clean, noise, t[:, None, None, None]), t, *texts, noise - clean
+
+
+class Taught:
+    """Batches of noised pictures with a teacher's velocities, at times as even as the host's schedule for this model.
+
+    Every batch asks the teacher FRESH questions, each of another picture, noise and time, and draws from its last
+    answers: an answer costs more than learning from it.
+    """
+
+    def __init__(self, teacher: torch.nn.Module, pictures: Pictures):
+        self.teacher, self.pictures = teacher, pictures
+        self.answers: deque[tuple[Tensor, ...]] = deque(maxlen=KEPT)
+        for _ in range(4 * BATCH // FRESH):
+            self._ask()
+
+    def batch(self) -> tuple[Tensor, ...]:
+        """(mixed, t, tokens, pooled, velocity)"""
+        self._ask()
+        chosen = torch.randint(len(self.answers), (BATCH,), generator=self.pictures.generator).tolist()
+        return tuple(torch.stack(column) for column in zip(*(self.answers[i] for i in chosen), strict=True))
+
+    @torch.no_grad()
+    def _ask(self) -> None:
+        *given, _ = self.pictures.batch(FRESH, lambda count, generator: torch.rand(count, generator=generator))
+        # the host's blocks work in place
+        self.answers.extend(zip(*given, self.teacher(*(g.clone() for g in given)), strict=True))
+
+
+def inherit(network: torch.nn.Module, weights: dict[str, Tensor]) -> None:
+    """Begin with the teacher's weights of the same name and shape: its embeddings, first blocks and last layer."""
+    own = network.state_dict()
+    fitting = {n: v.float() for n, v in weights.items() if n in own and own[n].shape == v.shape}
+    network.load_state_dict(fitting, strict=False)
+
+
+def train(
+    data: Path, out: Path, minutes: float, resume: Path | None, size: str = "large", teacher: Path | None = None
+) -> None:
     from bench.boot import boot
 
     boot()
@@ -113,26 +182,29 @@ def train(data: Path, out: Path, minutes: float, resume: Path | None) -> None:
     texts = [encode_text(name) for name in names]
     tokens, pooled = (torch.stack(column) for column in zip(*texts, strict=True))
 
-    network = comfy.ldm.flux.model.Flux(operations=torch.nn, dtype=torch.float32, **CONFIG)
+    changes, name = SIZES[size]
+    make = functools.partial(comfy.ldm.flux.model.Flux, operations=torch.nn, dtype=torch.float32)
+    network = make(**{**CONFIG, **changes})
     initialise(network)
+    generator = torch.Generator().manual_seed(1)
+    source = Pictures(latents, tokens, pooled, generator)
+    if teacher is not None:
+        weights, large = load_file(teacher), make(**CONFIG).eval()
+        large.load_state_dict({k: v.float() for k, v in weights.items()})
+        inherit(network, weights)
+        source = Taught(large, source)
     if resume is not None:
         network.load_state_dict({k: v.float() for k, v in load_file(resume).items()})
     average = copy.deepcopy(network)
     optimiser = torch.optim.AdamW(network.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
-    generator = torch.Generator().manual_seed(1)
     started, said, step, running = time.monotonic(), 0.0, 0, 0.0
     while (elapsed := time.monotonic() - started) < minutes * 60:
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(step, elapsed / (minutes * 60))
-        chosen = torch.randint(len(names), (BATCH,), generator=generator)
-        clean, noise = latents[chosen], torch.randn(BATCH, *latents.shape[1:], generator=generator)
-        told = (torch.rand(BATCH, generator=generator) >= EMPTY_PROMPTS).float()
-        t = sample_times(BATCH, generator)
-        mixed = torch.lerp(clean, noise, t[:, None, None, None])
+        mixed, t, text, vector, wanted = source.batch()
         optimiser.zero_grad(set_to_none=True)
         with torch.autograd.graph.allow_mutation_on_saved_tensors():  # the host's blocks add residuals in place
-            velocity = network(mixed, t, tokens[chosen] * told[:, None, None], pooled[chosen] * told[:, None])
-            loss = F.mse_loss(velocity, noise - clean)
+            loss = F.mse_loss(network(mixed, t, text, vector), wanted)
             loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimiser.step()
@@ -144,8 +216,10 @@ def train(data: Path, out: Path, minutes: float, resume: Path | None) -> None:
             print(f"step {step}, {elapsed / 60:.1f} min, loss {running:.4f}", flush=True)
     out.mkdir(parents=True, exist_ok=True)
     weights = {name: value.to(torch.bfloat16).contiguous() for name, value in average.state_dict().items()}
-    save_file(weights, out / "tiny_flux_emoji.safetensors", metadata={"modelspec.title": "tiny flux, Noto emoji"})
-    save_file(vae, out / "tiny_emoji_vae_linear4x16.safetensors")
+    title = f"tiny flux{'' if size == 'large' else ', ' + size}, Noto emoji"
+    save_file(weights, out / f"{name}.safetensors", metadata={"modelspec.title": title})
+    if teacher is None:
+        save_file(vae, out / "tiny_emoji_vae_linear4x16.safetensors")
     print(f"{step} steps, loss {running:.4f}; written to {out}")
 
 
@@ -155,5 +229,7 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=75)
     parser.add_argument("--resume", type=Path)
+    parser.add_argument("--size", choices=SIZES, default="large")
+    parser.add_argument("--teacher", type=Path, help="a trained large one: distil it instead of training on pictures")
     options = parser.parse_args()
-    train(options.data, options.out, options.minutes, options.resume)
+    train(options.data, options.out, options.minutes, options.resume, options.size, options.teacher)

@@ -1,7 +1,12 @@
-"""Hybrid Remote against a real ComfyUI server on loopback: the same latents, and every fault of H77."""
+"""Hybrid Remote against real ComfyUI servers on loopback: the same latents, and every fault of H77.
+
+Most tests call one server from this process. The last ones have two: the node runs in the graph of one of them.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import concurrent.futures
 import dataclasses
 import importlib.util
 import json
@@ -23,14 +28,18 @@ import folder_paths
 import pytest
 import torch
 from faulty import Faulty, answer, cut, damage, drop_answer, drop_request, once, repeat, slow, swallow
+from safetensors.torch import load
 from slipstream.demo import emoji
 from slipstream.host import remote, remote_api
 from slipstream.host.errors import SlipstreamError
 from slipstream.host.remote import Here, RemoteSegment, sample_latent
 from slipstream.host.remote_http import HOSTS_VARIABLE, TOKEN_VARIABLE, Connection, RemoteUnavailable, locate
 from slipstream.host.remote_job import Part, RemoteModel, parse_loras, recognise
+from slipstream.host.segments import SwitchConfig
+from slipstream.host.switch import add_switch
 from slipstream.nodes.remote_segment import RemoteSegmentNode
 
+from demo.client import Client
 from demo.server import Server
 
 FLUX = RemoteModel("tiny_flux_emoji.safetensors", ("SlipstreamDemoPrompt",))
@@ -44,6 +53,14 @@ LONG, LARGE = 60, 48
 @pytest.fixture(scope="module")
 def running(tmp_path_factory):
     server = Server(tmp_path_factory.mktemp("remote") / "log.txt")
+    with server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def near(tmp_path_factory):
+    """The user's own ComfyUI, in whose graph the node runs; `running` is the other one."""
+    server = Server(tmp_path_factory.mktemp("near") / "log.txt")
     with server:
         yield server
 
@@ -437,8 +454,96 @@ def test_through_comfy_api_proxy(lab, proxy, running, monkeypatch, tmp_path):
         gateway.wait()
 
 
-def test_h77_the_server_dies_in_the_middle(lab, proxy, running, monkeypatch):
-    """Last in this file, because it kills the server: a sentence in time, and the local model with its result."""
+def node(kind, **inputs):
+    return {"class_type": kind, "inputs": inputs}
+
+
+def hybrid(url, order, steps=STEPS, cut=CUT, seed=SEED, latent=16, **values):
+    """A graph of `near`: the large model on the other server, the small one here, the parts in either order."""
+    first = order == "large first"
+    common = dict(cfg=1.0, noise_seed=seed)
+    there = dict(
+        server=url, model_name=FLUX.name, text_encoders=FLUX.encoders[0], text_encoder_type="flux", positive=TEXT,
+        negative="", sampler_name="euler", sigmas=["split", 0 if first else 1], add_noise=first,
+        latent_image=["blank" if first else "here", 0], model=["large", 0], **common, **values,
+    )  # fmt: skip
+    here = dict(
+        model=["small", 0], positive=["text", 0], negative=["text", 0], sampler=["euler", 0],
+        sigmas=["split", 1 if first else 0], add_noise=not first, latent_image=["there" if first else "blank", 0],
+        **common,
+    )  # fmt: skip
+    return {
+        "large": node("UNETLoader", unet_name=FLUX.name, weight_dtype="default"),
+        "small": node("UNETLoader", unet_name=emoji.SMALL_FLUX.name, weight_dtype="default"),
+        "text": node("SlipstreamDemoPrompt", text=TEXT),
+        "blank": node("EmptySD3LatentImage", width=8 * latent, height=8 * latent, batch_size=1),
+        "euler": node("KSamplerSelect", sampler_name="euler"),
+        "all": node("BasicScheduler", model=["large", 0], scheduler="simple", steps=steps, denoise=1.0),
+        "split": node("SplitSigmas", sigmas=["all", 0], step=cut),
+        "there": node("SlipstreamRemoteSegment", **there),
+        "here": node("SamplerCustom", **here),
+        "save": node("SaveLatent", samples=["here" if first else "there", 0], filename_prefix="slipstream/two"),
+    }
+
+
+def queue(server, graph):
+    """(final latent, texts on the nodes) of a prompt on a server, as the canvas would get them."""
+
+    async def conversation():
+        async with Client(server.url) as client:
+            result = await client.run(graph)
+            return load(await client.file(result.outputs["save"]["latents"][0]))["latent_tensor"], result.texts
+
+    return asyncio.run(conversation())
+
+
+@pytest.fixture(scope="module")
+def small():
+    return emoji.load_small_flux()
+
+
+@pytest.mark.parametrize("order", ["large first", "small first"])
+def test_two_servers_equal_the_local_hybrid_run(lab, running, near, small, order):
+    """The node in one ComfyUI's graph, the large model in the other's: bit for bit the same two parts sampled here,
+    and, to rounding at the hand-over, the same steps in one run of the Hybrid Model Switch."""
+    large, sigmas = lab.flux, schedule(lab.flux)
+    done, texts = queue(near, hybrid(running.url, order))
+    models = (large, small) if order == "large first" else (small, large)
+    begun = here(models[0]).sample(lab.latent(large), part(sigmas[: CUT + 1], True))
+    assert torch.equal(done, here(models[1]).sample(begun, part(sigmas[CUT:], False)))
+    switched = add_switch(*models, SwitchConfig(CUT / STEPS))
+    assert torch.allclose(done, here(switched).sample(lab.latent(large), part(sigmas, True)), atol=2e-5)
+    steps = CUT if order == "large first" else STEPS - CUT
+    assert f"{steps} steps of {FLUX.name} on {running.url.split('//')[1]}" in texts["there"]
+    assert sampled(running, SEED) and not entries(near, SEED)  # the large model's job was over there alone
+
+
+def test_two_servers_and_one_is_killed_while_it_works(lab, running, near, small):
+    """The other ComfyUI dies in the middle of its part: this one samples the part itself, with the same result."""
+    steps, cut, size, seed = 40, 30, 32, 15
+    blank, sigmas = lab.latent(lab.flux, 1, (size, size)), schedule(lab.flux, steps)
+    graph = hybrid(running.url, "large first", steps, cut, seed, size, timeout=8, positive_here=["text", 0])
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(queue, near, graph)
+        while not at_work(running, seed):
+            assert not waiting.done()
+            time.sleep(0.02)
+        running.process.kill()
+        running.process.wait()
+        done, texts = waiting.result()
+    begun = here(lab.flux).sample(blank, part(sigmas[: cut + 1], True, seed=seed))
+    assert torch.equal(done, here(small).sample(begun, part(sigmas[cut:], False, seed=seed)))
+    assert f"{cut} steps sampled here" in texts["there"] and running.url.split("//")[1] in texts["there"]
+
+
+def at_work(running, seed) -> bool:
+    """Whether the server is executing the job with this seed."""
+    jobs = Connection(locate(running.url)).request("GET", "/queue").json()["queue_running"]
+    return any(job[2].get("run", {"inputs": {}})["inputs"].get("noise_seed") == seed for job in jobs)
+
+
+def test_h77_the_server_dies_in_the_middle(lab, near, monkeypatch):
+    """Last in this file, because it kills the server that is left: a sentence in time."""
     monkeypatch.setattr(remote, "PATIENCE", 0.5)
     blank, first = long_part(lab, 13)
     killed = threading.Event()
@@ -446,9 +551,9 @@ def test_h77_the_server_dies_in_the_middle(lab, proxy, running, monkeypatch):
     def kill(text, share):
         if "steps on" in text and not killed.is_set():
             killed.set()
-            running.process.kill()
-            running.process.wait()
+            near.process.kill()
+            near.process.wait()
 
     with pytest.raises(RemoteUnavailable, match="does not answer"):
-        RemoteSegment(running.url, FLUX).sample(blank, first, lab.flux, kill)
+        RemoteSegment(near.url, FLUX).sample(blank, first, lab.flux, kill)
     assert killed.is_set() and os.environ.get(TOKEN_VARIABLE) is None
