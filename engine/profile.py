@@ -212,9 +212,10 @@ class Profile:
                 f"it was measured for sigmas from {top:.4g} to {bottom:.4g}, and this run goes from {sigmas[0]:.4g} to "
                 f"{sigmas[-1]:.4g}"
             )
-        return [self._time(s) for s in sigmas[:-1]]
+        return [self.time_of(s) for s in sigmas[:-1]]
 
-    def _time(self, sigma: float) -> float:
+    def time_of(self, sigma: float) -> float:
+        """The place that a sigma has in this profile's schedule, in steps; beyond its ends the ends."""
         for i in range(self.steps):
             high, low = self.sigmas[i], self.sigmas[i + 1]
             if high > low and sigma > low:

@@ -21,7 +21,8 @@ class Evaluation:
 
     action: computed, forecast or reused; share: of the network's work that was done, 1 where it was computed, 0 where
     it was filled, and between where some of its blocks ran; drift: measured where computed, and there avoided, else
-    estimated from the next measurement.
+    estimated from the next measurement; anchor: the reference was asked too; correction: its size relative to the
+    slope's, where there was one.
     """
 
     index: int
@@ -34,6 +35,8 @@ class Evaluation:
     drift: float | None = None
     seconds: float = 0.0
     share: float = 1.0
+    anchor: bool = False
+    correction: float | None = None
 
 
 def report(run: Run) -> dict:
@@ -42,12 +45,16 @@ def report(run: Run) -> dict:
     Drifts are those of the filled evaluations. Seconds saved are measured within the run: a fill costs what it
     took, not 0.
     """
+    correction = None if run.compensator is None else run.compensator.words()
     computed = [e for e in run.evaluations if e.action == "computed"]
     filled = [e for e in run.evaluations if e.action != "computed"]
     drifts = [e.drift for e in filled if e.drift is not None]
     # The first evaluation carries one-time costs (loading, compiling), so it is left out where there are others.
     usual = computed[1:] or computed
     per_computed = sum(e.seconds for e in usual) / len(usual) if usual else 0.0
+    note = run.note or ("" if filled else _why_none(run.evaluations, run.recipe.method))
+    if correction and not filled:  # then the node shows the note alone
+        note, correction = f"{correction}; {note}", ""
     saved = sum(max(0.0, per_computed - e.seconds) for e in filled)
     return {
         "model": run.label,
@@ -66,8 +73,9 @@ def report(run: Run) -> dict:
         "site": run.level,
         "family": run.recipe.family,
         "chose": "" if run.note else run.recipe.chose,
-        "remark": ", ".join(r for r in (run.recipe.remark, _unexpected(run.expected_drift, drifts)) if r),
-        "note": run.note or ("" if filled else _why_none(run.evaluations, run.recipe.method)),
+        "remark": ", ".join(filter(None, (run.recipe.remark, _unexpected(run.expected_drift, drifts), correction))),
+        "note": note,
+        "compensation": None if run.compensator is None else run.compensator.report(),
         "plan": run.plan.as_json(),
         "trace": [asdict(e) for e in run.evaluations],
     }

@@ -18,6 +18,7 @@ from ..engine.search import adjusted_sigmas, step_coefficients
 from .architectures import architecture_of
 from .block_search import search_blocks, trouble
 from .errors import SlipstreamError
+from .fitting import with_correction
 from .patcher import plan_of
 from .plan import Plan
 from .profiles import fingerprint
@@ -80,7 +81,8 @@ def calibrate(job: Job, wish: Wish | None = None, progress: Progress = silent) -
             "sampler that does so once per step, such as euler or dpmpp_2m."
         )
     progress("solving schedules")
-    search = Search(statistics, recipe.predictor, values, growth_of(job, recorded))
+    growth = growth_of(job, recorded)
+    search = Search(statistics, recipe.predictor, values, growth)
     size = size_of(job.model, recorded.finals)
     if wish.schedule == ECAD:
         return search_blocks(job, wish, recorded, search, progress)
@@ -98,7 +100,7 @@ def calibrate(job: Job, wish: Wish | None = None, progress: Progress = silent) -
         off = sorted(checked[c.keys].error * size / c.error for c in found if c.error)
         scale = off[len(off) // 2] if off else 1.0
         point, *points = (dataclasses.replace(p, error=p.error * scale) for p in (point, *points))
-    return Profile(
+    profile = Profile(
         chosen.keys,
         sigmas,
         statistics,
@@ -124,6 +126,7 @@ def calibrate(job: Job, wish: Wish | None = None, progress: Progress = silent) -
         tuple(points),
         recorded.extras,
     )  # fmt: skip
+    return with_correction(job, profile, growth, progress) if wish.correction else profile
 
 
 def _checked(job: Job, wish: Wish) -> Recipe:
@@ -270,4 +273,8 @@ def summary(profile: Profile) -> str:
         lines.append(f"the picture by {100 * told['measured_error']:.1f} %, {gain:+.1f} dB over evenly spaced steps")
     lines.append(f"{profile.site}, {profile.predictor}, {told['family']}")
     lines.append(f"steps {' '.join(map(str, profile.keys))}")
+    found = told.get("correction")
+    if found is not None:
+        kept = f"correction '{found['terms']}': {found['gain_db']:+.1f} dB on runs it was not fitted on"
+        lines.append(kept if found["terms"] else found["why"])
     return "\n".join(lines)

@@ -15,9 +15,18 @@ from . import blocks, events, profiles, sites, unet
 from .architectures import Architecture, architecture_of
 from .blocks import EACH, FEATURES, STACK, Blocks
 from .calls import PatchedForward
+from .compensate import compensator_of
 from .conflicts import refuse_other_cache
 from .errors import SlipstreamError
-from .plan import CacheConfig, Plan, PredictorConfig, check_cache, check_predictor
+from .plan import (
+    CacheConfig,
+    CompensatorConfig,
+    Plan,
+    PredictorConfig,
+    check_cache,
+    check_compensator,
+    check_predictor,
+)
 from .recipe import described, lacks, level_of, resolve
 from .run import Run
 from .sampling import Clock, Sampler, sampler_traits
@@ -27,7 +36,10 @@ log = logging.getLogger("slipstream")
 
 # The attachments under which a calibration hands its recorder, or a profile that is in no file, to the run; only on a
 # patcher of its own.
-RECORDER, PROFILE = "slipstream_recorder", "slipstream_profile"
+RECORDER, PROFILE, FIT = "slipstream_recorder", "slipstream_profile", "slipstream_fit"
+
+# What a plan without cache and predictor runs with: everything is computed and counted.
+_NO_CACHE = check_cache(CacheConfig(preset="Off"))
 
 
 # With the profile `auto`: how much of the error expected of a profile's own steps each preset allows.
@@ -109,6 +121,11 @@ def add_predictor(model, config: PredictorConfig):
     return _add(model, "Taylor Predictor", predictor=check_predictor(config))
 
 
+def add_compensator(model, config: CompensatorConfig):
+    """A clone of the model with the Error Compensator's part added. Raises SlipstreamError."""
+    return _add(model, "Error Compensator", compensator=check_compensator(config))
+
+
 def _add(model, node: str, **part):
     plan = plan_of(model)
     if any(getattr(plan, name) is not None for name in part):
@@ -145,14 +162,18 @@ def open_run(guider, args: tuple, kwargs: dict) -> Run:
     sigmas = kwargs["sigmas"] if "sigmas" in kwargs else args[3]
     patcher = guider.model_patcher
     plan = plan_of(patcher)
-    node = "Cache Loader" if plan.cache is not None else "Taylor Predictor"
+    alone = plan.cache is None and plan.predictor is None and plan.compensator is not None
+    node = "Cache Loader" if plan.cache is not None else "Error Compensator" if alone else "Taylor Predictor"
     refuse_other_cache(node, guider.model_options, {})
     clock = Clock(tuple(float(s) for s in sigmas))
     sampling = patcher.get_model_object("model_sampling")
     network, traits = _network(patcher), sampler_traits(sampler)
     row = architecture_of(network)
+    if alone:
+        plan = dataclasses.replace(plan, cache=_NO_CACHE)
     plan, profile = _decided(patcher, plan, traits, row, clock.sigmas)
-    return Run(
+    flow = isinstance(sampling, comfy.model_sampling.CONST)
+    run = Run(
         plan,
         clock,
         traits,
@@ -160,9 +181,13 @@ def open_run(guider, args: tuple, kwargs: dict) -> Run:
         type(patcher.model).__name__,
         row,
         lambda sigma: float(sampling.timestep(torch.tensor([sigma]))),
-        not isinstance(sampling, comfy.model_sampling.CONST),
+        not flow,
         profile,
         "" if profile is None else profiles.fingerprint(patcher),
         patcher.get_attachment(RECORDER),
         len(Blocks(network, row)),
     )
+    if alone:
+        run.note = "there is no Cache Loader, so every step is computed"
+    run.compensator = compensator_of(plan, patcher, clock, traits, flow, profile, patcher.get_attachment(FIT))
+    return run

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+from ..engine.correctors import METHODS as CORRECTORS
 from .errors import SlipstreamError
 from .memory import DEVICES
 
@@ -47,15 +48,34 @@ class PredictorConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class CompensatorConfig:
+    """The Error Compensator's part.
+
+    profile: a calibration's file, `auto` for the Cache Loader's, or `none`; anchors: evaluations at which the reference
+    is asked too, -1 chooses, 0 for none; strength: of both, 0 does nothing at all; terms: `auto`, what the calibration
+    found to help, `off`, or a key of the engine's METHODS that the profile has to hold; reference: of REFERENCES.
+    """
+
+    profile: str = "auto"
+    anchors: int = -1
+    strength: float = 1.0
+    terms: str = "auto"
+    node_id: str = ""
+    reference: str = "8-bit copy"
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """All parts that the nodes on one MODEL wire have added; None means the node is not there."""
 
     cache: CacheConfig | None = None
     predictor: PredictorConfig | None = None
+    compensator: CompensatorConfig | None = None
 
     @property
     def node_ids(self) -> tuple[str, ...]:
-        return tuple(part.node_id for part in (self.cache, self.predictor) if part is not None and part.node_id)
+        parts = (self.cache, self.predictor, self.compensator)
+        return tuple(part.node_id for part in parts if part is not None and part.node_id)
 
     def as_json(self) -> dict:
         """The plan as plain JSON data, without the parts that are not there."""
@@ -64,7 +84,7 @@ class Plan:
     @classmethod
     def from_json(cls, data: dict) -> Plan:
         """The inverse of `as_json`; unknown parts and values raise SlipstreamError."""
-        kinds = {"cache": CacheConfig, "predictor": PredictorConfig}
+        kinds = {"cache": CacheConfig, "predictor": PredictorConfig, "compensator": CompensatorConfig}
         try:
             return cls(**{key: kinds[key](**value) for key, value in data.items()})
         except (KeyError, TypeError) as error:
@@ -166,4 +186,30 @@ def check_predictor(config: PredictorConfig) -> PredictorConfig:
         raise SlipstreamError(f"{node}: order is {config.order}, but it must be -1 (automatic), 0, 1, 2 or 3.")
     if not 0.1 <= config.scale <= 1.0:
         raise SlipstreamError(f"{node}: scale is {config.scale}, but it must be between 0.1 and 1; try 0.5.")
+    return config
+
+
+# What is asked at an anchor: a copy of the quantised layers in 8 bit, made at the first one and kept in RAM, or the
+# layers that were quantised, which lie in RAM anyway where the model was quantised on the canvas.
+EIGHT_BIT, ORIGINAL = REFERENCES = ("8-bit copy", "original weights")
+
+TERMS = ("auto", "off", *CORRECTORS)
+MOST_ANCHORS = 100
+
+
+def check_compensator(config: CompensatorConfig) -> CompensatorConfig:
+    """Return the config, or raise SlipstreamError."""
+    node = "Error Compensator"
+    if not -1 <= config.anchors <= MOST_ANCHORS:
+        raise SlipstreamError(
+            f"{node}: anchors is {config.anchors}, but it must be -1 (automatic) or 0 to {MOST_ANCHORS}; try -1."
+        )
+    if not 0.0 <= config.strength <= 1.0:
+        raise SlipstreamError(f"{node}: strength is {config.strength}, but it must be between 0 and 1; try 1.")
+    if config.terms not in TERMS:
+        raise SlipstreamError(f"{node}: there are no terms '{config.terms}'; choose one of {', '.join(TERMS)}.")
+    if config.reference not in REFERENCES:
+        raise SlipstreamError(
+            f"{node}: there is no reference '{config.reference}'; choose one of {', '.join(REFERENCES)}."
+        )
     return config

@@ -231,7 +231,7 @@ def _words(found: Quantised, size: int, before: int) -> str:
     rest = f", {kept} left as they were" if kept else ""
     ours = [layer for layer in layers.values() if isinstance(layer, W4A4Linear)]
     ranks = {rank for layer in ours if (rank := layer.layer(lora=False).rank)}
-    branch = f"with a 16-bit branch of rank {max(ranks)}" if ranks else "without a branch"
+    branch = f"A 16-bit branch of rank {max(ranks)}" if ranks else "No branch"
     lines = [
         f"{_counted(list(layers.values()))}{rest}; {_bytes(size)} instead of {_bytes(before)}",
         f"{branch}, {found.how}" if found.how else branch,
@@ -247,7 +247,7 @@ def _words(found: Quantised, size: int, before: int) -> str:
         check = found.check
         was = f", {check.before:.1f} dB before {len(check.raised)} layers got 8 bit" if check.raised else ""
         lines.append(f"check of a short run: {check.after:.1f} dB{was}")
-    return "\n".join(lines)
+    return "\n".join(f"{line}." for line in lines)
 
 
 def _counted(layers: Sequence[torch.nn.Module]) -> str:

@@ -78,6 +78,7 @@ class Run:
         if self.schedule is not None and self.schedule.probe is not None:
             self.probe = self.schedule.probe
         self.note = self._why_nothing()
+        self.compensator = None
         self.inner = None  # the block or U-Net site, where the plan asks for one
         # The model-output site finds its level at the first computed evaluation; inner sites have theirs.
         self.level: str | None = None if self.recipe.level == MODEL_OUTPUT else self.recipe.level
@@ -193,6 +194,8 @@ class Run:
         batch, self._batches = self._batches, self._batches + 1
         if self._active.setdefault(batch, active) != active:
             self._active[batch] = active
+            if self.compensator is not None:
+                self.compensator.forget()
             self.trace = Trace(self.clock.steps)
             self._forget()
             if not self._orders and not self._reused:
@@ -476,6 +479,8 @@ class Run:
     def close(self) -> None:
         """Free every tensor."""
         self._forget()
+        if self.compensator is not None:
+            self.compensator.close()
         self._drifts.clear()
         self._changes.clear()
         self._x = self._x_computed = self.current = self.inner = self.recorder = None

@@ -108,6 +108,8 @@ def _evaluation(run, executor, args, kwargs):
         if disturbance is not None:
             # the run's evaluation is closed, so this one is nobody's snapshot
             run.recorder.grown(disturbance, executor(x + disturbance, *args[1:], **kwargs) - result)
+    if run.compensator is not None and torch.is_tensor(x):
+        result = run.compensator.correct(run.evaluations, executor, args, kwargs, result)
     return result
 
 

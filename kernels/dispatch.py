@@ -123,7 +123,7 @@ def summary(device: torch.device | str | None = None) -> str:
     for row in running(device):
         counts.setdefault((row.device, row.words), set()).add((row.outputs, row.inputs, row.kind))
     parts = [f"{len(shapes)} on {label} by {words}" for (label, words), shapes in counts.items()]
-    return "Layer shapes: " + "; ".join(parts) if parts else ""
+    return "Layer shapes: " + "; ".join(parts) + "." if parts else ""
 
 
 def linear(x: Tensor, layer: Layer, kernel: str | None = None) -> Tensor:

@@ -22,6 +22,7 @@ NODES = {
     "remote_segment": "RemoteSegmentNode",
     "hybrid_switch": "HybridSwitch",
     "load_pruned_unet": "LoadPrunedUNet",
+    "error_compensator": "ErrorCompensator",
 }
 
 

@@ -83,7 +83,10 @@ class Calibrate(io.ComfyNode):
                 io.Conditioning.Input("positive_4", optional=True, tooltip="A fourth prompt; set runs to 4 or more."),
                 widget(
                     io.Boolean.Input, "correction_statistics", optional=True, default=False, advanced=True,
-                    tooltip="Also keep what an Error Compensator can be fitted from. A few hundred kB more.",
+                    tooltip=(
+                        "Also fit the Error Compensator: accelerated runs are led through again and what helps is "
+                        "kept. About six more runs for each of `runs`, which should be 3 or more."
+                    ),
                 ),
                 widget(
                     io.Boolean.Input, "activation_statistics", optional=True, default=False, advanced=True,

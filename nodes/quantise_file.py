@@ -42,9 +42,7 @@ class QuantiseFile(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def execute(
-        cls, model_name, name, format, rank, activations, calibration, layers, quality_guard
-    ) -> io.NodeOutput:
+    def execute(cls, model_name, name, format, rank, activations, calibration, layers, quality_guard) -> io.NodeOutput:
         bar = comfy.utils.ProgressBar(1)
         wish = QuantWish(
             format, rank, layers, BITS[activations], quality_guard, "" if calibration == "none" else calibration

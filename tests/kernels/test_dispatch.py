@@ -76,7 +76,7 @@ def test_the_cpu_computes_the_exact_reference_and_says_so():
     got = linear.convrot_linear(x, packed, scale[0].float(), bias, rotation=64)
     assert torch.equal(got, convrot_linear(x, packed, scale[0].float(), bias, rotation=64))
     assert {row.name for row in dispatch.running("cpu")} == {"reference"}
-    assert dispatch.summary() == "Layer shapes: 5 on CPU by the exact reference, slow (plain torch)"
+    assert dispatch.summary() == "Layer shapes: 5 on CPU by the exact reference, slow (plain torch)."
     assert linear.w4a4_linear(x[:, :0], packed, scale).shape == (3, 0, 48)
     with pytest.raises(ValueError, match="takes 128 channels, the input has 64"):
         linear.w4a4_linear(x[..., :64], packed, scale)

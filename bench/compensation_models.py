@@ -1,0 +1,178 @@
+"""The models of `bench compensation`: the trained small ones, cached at a third of the steps and in 4 bit."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from .fidelity import PROMPTS as HELD_OUT
+
+STEPS, COMPUTED = 30, 10
+FIT_RUNS, FIT_BATCH = 3, 8  # of the runs the last one is for keeping or dropping what the others gave
+SEED, FIT_SEED = 4000, 500
+SHARE = 0.1  # of the weights, raised to 8 bit for the time of the anchors
+QUANTISERS = {"RTN": "rtn", "ConvRot": "convrot", "SVDQuant": "svdquant", "SVDQuant + GPTQ": "svdquant_gptq"}
+
+
+@dataclass
+class Lab:
+    """One model with the runs everything is measured on. truth: final latents of the unseen ones."""
+
+    name: str
+    base: object
+    seen: object
+    unseen: object
+    truth: object = None
+    seconds: float = 0.0
+
+
+def lab_of(name: str, pictures: int) -> Lab:
+    import comfy.samplers
+    import torch
+    from slipstream.demo import emoji
+    from slipstream.host.recording import Job
+
+    base = emoji.load_flux() if name == "flux" else emoji.load_unet()
+    sampler = comfy.samplers.sampler_object("euler")
+    scheduler = "simple" if name == "flux" else "normal"
+    sigmas = comfy.samplers.calculate_sigmas(base.get_model_object("model_sampling"), scheduler, STEPS)
+
+    def job(prompts, runs: int, batch: int, seed: int) -> Job:
+        each = tuple(
+            (emoji.conditioning([prompts[(i * batch + k) % len(prompts)] for k in range(batch)]), seed + i)
+            for i in range(runs)
+        )
+        latent = {"samples": torch.zeros(batch, 16, 16, 16)}
+        return Job(base, each, emoji.conditioning([""] * batch), 1.0, sampler, sigmas, latent)
+
+    lab = Lab(f"tiny_{'flux' if name == 'flux' else 'sd15'}_emoji", base,
+              job(emoji.PROMPTS, FIT_RUNS, FIT_BATCH, FIT_SEED), job(HELD_OUT, 1, pictures, SEED))  # fmt: skip
+    began = time.process_time()
+    lab.truth = lab.unseen.sample(base, 0)
+    lab.seconds = time.process_time() - began
+    return lab
+
+
+def quick_layers() -> None:
+    """Let 4-bit layers multiply all groups at once and keep their unpacked weights: the exact reference's numbers up to
+    the order of float32 sums, in half its time."""
+    import torch
+    from slipstream.kernels import reference
+    from slipstream.quant import formats
+
+    kept: dict[int, tuple] = {}
+
+    def linear(x, packed, weight_scale, proj_down=None, proj_up=None, smooth=None, bias=None, *, act_bits=4,
+               group_size=64, unsigned=False, rotation=0, **kernel):  # fmt: skip
+        key = packed.data_ptr()
+        if key not in kept:
+            groups = reference.unpack_int4(packed).view(packed.shape[0], -1, group_size).float()
+            kept[key] = packed, (groups * weight_scale.float().T[..., None]).flatten(1).T.contiguous()
+        rows = x.reshape(-1, x.shape[-1]).float()
+        main = rows + reference.GELU_SHIFT if unsigned else rows
+        main = reference.hadamard(main if smooth is None else main / smooth.float(), rotation)
+        groups = main.view(len(main), -1, group_size)
+        least, most = (0, 15) if unsigned else (-7, 7)
+        scale = groups.abs().amax(-1, keepdim=True).clamp_min(reference.SMALLEST_MAX) / most
+        total = (groups / scale).round_().clamp_(least, most).mul_(scale).flatten(1) @ kept[key][1]
+        if proj_down is not None and proj_down.shape[1]:
+            total += rows @ proj_down.float() @ proj_up.float().T
+        return (total if bias is None else total + bias.float()).view(*x.shape[:-1], -1).to(x.dtype)
+
+    exact, generator = formats.w4a4_linear, torch.Generator().manual_seed(0)
+    packed = torch.randint(-128, 128, (64, 64), generator=generator, dtype=torch.int8)
+    case = torch.randn(9, 128, generator=generator), packed, torch.rand(2, 64, generator=generator)
+    true = exact(*case)
+    if float((linear(*case) - true).norm() / true.norm()) > 1e-5:
+        raise SystemExit("the bench's 4-bit layer is not that of kernels/reference.py any more; compare the two")
+    kept.clear()
+    formats.w4a4_linear = linear
+
+
+def cached(model, lab: Lab, order: int, computed: int = COMPUTED):
+    """The model with even key steps and reuse (order 0) or Taylor, as a profile and a Cache Loader do it."""
+    import torch
+    from slipstream.engine.profile import Profile
+    from slipstream.engine.search import uniform
+    from slipstream.engine.statistics import Statistics
+    from slipstream.host.patcher import PROFILE, add_cache, add_predictor
+    from slipstream.host.plan import CacheConfig, PredictorConfig
+
+    if order:
+        model = add_predictor(model, PredictorConfig("Taylor", order))
+    model = add_cache(model, CacheConfig(node_id="b"))
+    square = torch.eye(STEPS, dtype=torch.float64)
+    nothing = Statistics(tuple(map(float, range(STEPS))), square, square, square[0])
+    profile = Profile(
+        uniform(STEPS, computed), lab.seen.values, nothing, "", "", f"{'newton' if order else 'reuse'} {order}"
+    )
+    model.set_attachments(PROFILE, profile)
+    return model
+
+
+def seen_inputs(lab: Lab, names) -> dict:
+    """Statistics of the inputs of these layers, from the first calibration run."""
+    from slipstream.host.quant_loras import PREFIX
+    from slipstream.quant.calibration import Collector
+
+    layers = {name: lab.base.get_model_object(PREFIX + name) for name in names}
+    collectors = {name: Collector(layer.weight.shape[1], hessian=True) for name, layer in layers.items()}
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, args, name=name: collectors[name].add(args[0], rows=512))
+        for name, layer in layers.items()
+    ]
+    try:
+        lab.seen.sample(lab.base, 0)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: collector.statistics() for name, collector in collectors.items()}
+
+
+def quantised_models(lab: Lab) -> dict[str, object]:
+    """Every quantiser's model, and the last one's with a tenth of its weights in 8 bit, the worst layers first."""
+    from slipstream.host.quant_layers import Quantised, place
+    from slipstream.host.quant_loras import PREFIX, original
+    from slipstream.host.quantise import QuantWish, quantise, quantised
+    from slipstream.quant.layer import METHODS, output_error, quantise_linear, with_spec
+    from slipstream.quant.linear import W4A4Linear
+    from slipstream.quant.rotate import rotation_size
+
+    data_free = quantised(quantise(lab.base, QuantWish(format="convrot_w4a4"))).layers
+    names = [name for name, layer in data_free.items() if layer.format == "convrot_w4a4"]
+    seen = seen_inputs(lab, names)
+    models, layers = {}, {}
+
+    def weights(name: str):
+        own = lab.base.get_model_object(PREFIX + name)
+        return original(lab.base, name, own), original(lab.base, name, own, "bias")
+
+    def model_of(found: dict):
+        clone = lab.base.clone()
+        place(clone, Quantised(found, {}))
+        return clone
+
+    for title, method in QUANTISERS.items():
+        layers = dict(data_free)
+        for name in names:
+            weight, bias = weights(name)
+            spec = METHODS[method]
+            if spec.format == "convrot_w4a4":
+                spec = with_spec(spec, group_size=rotation_size(weight.shape[1]))
+            spec = with_spec(spec, rank=min(spec.rank, *weight.shape))
+            data = seen[name] if spec.gptq or spec.smooth == "search" else None
+            layers[name] = W4A4Linear(quantise_linear(weight, bias, spec, data).layer)
+            layers[name].managed = True
+        models[title] = model_of(layers)
+    size = {name: weights(name)[0].numel() for name in names}
+    worst = sorted(names, key=lambda n: -output_error(weights(n)[0], layers[n].layer(), seen[n].rows, weights(n)[1]))
+    left, raised = SHARE * sum(size.values()), dict(layers)
+    for name in worst:
+        if size[name] <= left:
+            left -= size[name]
+            weight, bias = weights(name)
+            spec = with_spec(METHODS["int8_convrot"], group_size=rotation_size(weight.shape[1]))
+            raised[name] = W4A4Linear(quantise_linear(weight, bias, spec).layer)
+            raised[name].managed = True
+    models["raised"] = model_of(raised)
+    return models
