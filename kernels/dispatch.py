@@ -136,7 +136,7 @@ def linear(x: Tensor, layer: Layer, kernel: str | None = None) -> Tensor:
     if kernel is not None and kernel not in names():
         raise ValueError(f"unknown kernel {kernel!r}, choose one of {', '.join(names())}")
     rows = x.reshape(-1, layer.k)
-    if not len(rows):
+    if not len(rows) or x.is_meta:  # nothing to compute, or nothing to compute with
         return x.new_empty(*x.shape[:-1], layer.n)
     if rows.stride(1) != 1:
         rows = rows.contiguous()
