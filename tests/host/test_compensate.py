@@ -24,6 +24,8 @@ from slipstream.host.plan import ORIGINAL, CacheConfig, CompensatorConfig, Plan,
 from slipstream.host.quant_loras import quantised_modules
 from slipstream.host.quantise import QuantWish, quantise
 from slipstream.host.recording import Job, Wish
+from slipstream.host.segments import SwitchConfig
+from slipstream.host.switch import add_switch
 
 STEPS = 8
 MLP = "diffusion_model.double_blocks.0.img_mlp.0"
@@ -262,3 +264,17 @@ def test_a_quantised_models_profile_says_where_anchors_go(lab, folder, flux4):
     profiles.save("mine", changed)
     sample(lab, model)
     assert told(lab, model)["anchors"] == list(solved)
+
+
+def test_on_one_model_of_a_switched_run(lab, flux4):
+    """Anchors work in a segment as in a run of its own, and strength 0 is no node there too."""
+    small = emoji.load_small_flux()
+
+    def switched(model):
+        return sample(lab, add_switch(small, model, SwitchConfig(0.25)), steps=16)
+
+    full, plain = switched(lab.flux), switched(flux4)
+    model = with_anchors(flux4, 3)
+    assert psnr(switched(model), full) > psnr(plain, full) + 0.5
+    assert told(lab, model)["anchors"] and lab.report(model)["evaluations"] == 12
+    assert torch.equal(switched(with_anchors(flux4, 3, strength=0.0)), plain)

@@ -31,7 +31,7 @@ from slipstream.host.errors import SlipstreamError
 from slipstream.host.quantise import FIRST_RUN, QuantWish, quantise, quantised, summary
 from slipstream.host.recording import Job, Wish
 from slipstream.quant import policy
-from slipstream.quant.formats import FORMATS
+from slipstream.quant.formats import FORMATS, QuantisedLinear
 from slipstream.quant.layer import METHODS, quantise_linear, with_spec
 from slipstream.quant.linear import TOLERANCE, W4A4Linear, factors_of
 
@@ -709,3 +709,21 @@ def test_scaled_fp8_of_the_host_is_scaled_up_and_quantised(lab):
     layer = quantised(quantise(eight)).layers[MLP.removeprefix("diffusion_model.")]
     with torch.inference_mode():
         assert relative(layer.layer().dequantise(), packed.dequantize()) < 0.15
+
+
+def test_layers_with_one_input_quantise_it_once(lab, monkeypatch):
+    """q, k and v of self-attention share what is made of their input, but not while a LoRA widens their branch."""
+    monkeypatch.setattr(policy, "LIMITS", policy.Limits(inputs=64, values=1))
+    found = quantised(quantise(lab.trained_unet, QuantWish()))
+    shares = {name: layer.share for name, layer in found.layers.items() if layer.share is not None}
+    q = next(name for name in shares if name.endswith("attn1.to_q"))
+    assert shares[q][1] == 3 and len({shares[q[:-1] + part] for part in "qkv"}) == 1
+    assert not any("attn2" in name for name in shares)
+    passed = []
+    monkeypatch.setattr(QuantisedLinear, "__call__", lambda self, x, share=None: passed.append(share))
+    layer = found.layers[q]
+    layer(torch.zeros(1, layer.in_features))
+    layer.set_lora(torch.zeros(layer.in_features, 2), torch.zeros(layer.out_features, 2))
+    layer(torch.zeros(1, layer.in_features))
+    layer.set_lora(None, None)
+    assert passed == [layer.share, None]
