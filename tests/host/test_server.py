@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load, save_file
+from slipstream.engine.metrics import psnr
 from slipstream.engine.profile import Profile
 
 from demo import workflow
@@ -255,6 +256,42 @@ def test_lora_loader_before_and_after(server, prompt, tmp_path):
     assert torch.equal(*results)
     assert not torch.allclose(results[0], plain, atol=1e-3)
     assert torch.equal(latent(server, workflow.change(prompt, "KSampler", seed=31, steps=16, cfg=1.0)), plain)
+
+
+WISH = {
+    "format": "auto", "rank": 32, "activations": "4 bit", "calibration": "none", "layers": "", "quality_guard": 0.0,
+}  # fmt: skip
+
+
+def test_a_file_is_quantised_and_loaded(server, prompt):
+    """Quantize Model File and Load Quantized Model as nodes: the file is in the list at once, the picture is near."""
+    values = {"model_name": "tiny_flux_emoji.safetensors", "name": "slipstream_test_w4a4", **WISH}
+    written = run(server, {"1": {"class_type": "SlipstreamQuantizeFile", "inputs": values}})
+    assert "slipstream_test_w4a4.safetensors: 29 quantised layers" in written.texts["1"]
+    key = workflow.first(prompt, "UNETLoader")
+    loader = {"class_type": "SlipstreamLoadModel", "inputs": {"model_name": "slipstream_test_w4a4.safetensors"}}
+    plain = workflow.bypass(workflow.bypass(prompt, "SlipstreamCacheLoader"), "SlipstreamTaylorPredictor")
+    result = run(server, {**plain, key: loader})
+    assert "29 layers in 4 bit" in result.texts[key]
+    assert 25 < psnr(latent(server, {**plain, key: loader}), latent(server, plain)) < 70
+
+
+def test_the_whole_chain_on_one_wire(server, prompt):
+    """Quantised at its first run, compensated, cached and forecast: every node says its part."""
+    key, at = workflow.first(prompt, "UNETLoader"), workflow.first(prompt, "SlipstreamCacheLoader")
+    graph = workflow.change(prompt, "SlipstreamCacheLoader", model=["91", 0], profile="none")
+    graph["90"] = {
+        "class_type": "SlipstreamW4A4Quantize", "inputs": {"model": [key, 0], **WISH, "calibration": "first run", "activations": "8 bit"},
+    }  # fmt: skip
+    graph["91"] = {
+        "class_type": "SlipstreamErrorCompensator",
+        "inputs": {"model": ["90", 0], "profile": "none", "anchors": 2, "strength": 1.0, "terms": "auto"},
+    }
+    result = run(server, graph)
+    finished = [data for kind, data in result.events if kind == "slipstream.finished"][-1]
+    assert finished["filled"] >= 2 and len(finished["compensation"]["anchors"]) >= 1
+    assert "layers in 4 bit" in result.texts["90"] and "measured at 8 evaluations" in result.texts["90"]
+    assert at in finished["nodes"] and "91" in finished["nodes"]
 
 
 @pytest.mark.parametrize(
