@@ -280,9 +280,8 @@ def test_the_whole_chain_on_one_wire(server, prompt):
     """Quantised at its first run, compensated, cached and forecast: every node says its part."""
     key, at = workflow.first(prompt, "UNETLoader"), workflow.first(prompt, "SlipstreamCacheLoader")
     graph = workflow.change(prompt, "SlipstreamCacheLoader", model=["91", 0], profile="none")
-    graph["90"] = {
-        "class_type": "SlipstreamW4A4Quantize", "inputs": {"model": [key, 0], **WISH, "calibration": "first run", "activations": "8 bit"},
-    }  # fmt: skip
+    how = {**WISH, "calibration": "first run", "activations": "8 bit"}
+    graph["90"] = {"class_type": "SlipstreamW4A4Quantize", "inputs": {"model": [key, 0], **how}}
     graph["91"] = {
         "class_type": "SlipstreamErrorCompensator",
         "inputs": {"model": ["90", 0], "profile": "none", "anchors": 2, "strength": 1.0, "terms": "auto"},
