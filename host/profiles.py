@@ -16,6 +16,7 @@ from ..engine.profile import Profile, ProfileError
 from .errors import SlipstreamError
 
 FOLDER = "slipstream_profiles"
+USER_FOLDER = "__slipstream"  # of the user; the host serves no folder whose name starts with two underscores
 NONE, AUTO = CHOICES = "none", "auto"
 
 

@@ -51,11 +51,9 @@ from .quant_layers import (  # some of them for those who import this module
     Quantised,
     QuantWish,
     Teller,
-    linears_of,
     place,
     planned,
     quantised_layers,
-    spec_of,
     without_data,
 )
 from .quant_loras import NODE, PREFIX, give_loras, original, quantised_modules
@@ -83,8 +81,6 @@ CHOICES = (AUTO, *FORMATS, *([nvfp4.FORMAT] if nvfp4.available() else []))
 ACT_BITS = (4, 8, 16)
 
 DEFAULT = QuantWish()
-
-_linears, _spec = linears_of, spec_of
 
 
 # What was quantised already: network -> wish -> Quantised; an entry goes with the last patcher that holds it.

@@ -20,11 +20,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from .errors import SlipstreamError
+from .profiles import USER_FOLDER
 
 NODE = "Hybrid Remote"
 TOKEN_VARIABLE = "SLIPSTREAM_REMOTE_TOKEN"
 HOSTS_VARIABLE = "SLIPSTREAM_REMOTE_HOSTS"
-SETTINGS = ("__slipstream", "remote.json")  # the host serves no folder whose name starts with two underscores
+SETTINGS = (USER_FOLDER, "remote.json")
 
 # Seconds one answer may take; the host answers in milliseconds unless a model load keeps it busy.
 REPLY = 10.0

@@ -12,7 +12,8 @@ from contextlib import contextmanager
 
 import pytest
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome-stable", "google-chrome")
+from dev import BROWSERS
+
 # Sandbox and GPU are not to be had in a container; the rest keeps it from the network.
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
 ARGUMENTS += ["--disable-background-networking", "--disable-component-update"]
