@@ -2,7 +2,7 @@
 """One command for everything: makes an environment with the real ComfyUI in it, then runs what is asked.
 
     python dev.py demo                      sample with and without Slipstream, write demo/out
-    python dev.py test [pytest arguments]   lint and all tests, against the real host
+    python dev.py test [--all] [pytest arguments]   lint and all tests, against the real host; --all: the long ones too
     python dev.py bench NAME                write bench/out/NAME.json
     python dev.py serve                     start ComfyUI with the pack and the demo nodes
     python dev.py host --path DIR COMMAND   the same with any other ComfyUI checkout
@@ -65,12 +65,16 @@ def demo(environment: Environment, rest: list[str]) -> int:
 
 
 def test(environment: Environment, rest: list[str]) -> int:
+    every = "--all" in rest
+    rest = [argument for argument in rest if argument != "--all"]
     if not rest:
         for check in (["check", "."], ["format", "--check", "."]):
             if environment.python("-m", "ruff", *check, "-q"):
                 return 1
+        # One worker per file: files share a loaded model or a server among their tests.
+        rest = ["-n", str(min(4, os.cpu_count() or 1)), "--dist", "loadfile"]
     find_browser()
-    return environment.python("-m", "pytest", *rest)
+    return environment.python("-m", "pytest", *rest, *(["-m", "long or not long"] if every else []))
 
 
 def find_browser() -> None:

@@ -29,6 +29,16 @@ PROFILE = "tiny_flux_emoji simple 28.safetensors"
 
 # How many of the pictures are in the figure; all of them count in the table.
 SHOWN = 4
+# The picture of the README: these methods next to each other, what they changed below, so many times as strong.
+BESIDE = {
+    "plain": "plain",
+    "fewer steps: euler 10": "10 steps",
+    "EasyCache 0.2, its input copied first": "EasyCache",
+    "LazyCache 0.2": "LazyCache",
+    "Cache Loader + Taylor Predictor": "Slipstream",
+    "the same with the calibrated profile": "Slipstream, calibrated",
+}
+STRENGTH = 8
 
 
 @dataclass(frozen=True)
@@ -125,26 +135,64 @@ def row(method: Method, done: list, truth: list[torch.Tensor]) -> dict:
     }
 
 
-def draw(rows: list[dict], path: Path) -> None:
-    """The same pictures by every method, one line each."""
+def figure_of(width: float, height: float):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def write(figure, path: Path) -> None:
+    temporary = path.with_name(path.name + ".part")
+    figure.savefig(temporary, format="png", dpi=110)
+    temporary.replace(path)
+
+
+def pixels(png: bytes):
+    """(H, W, 3) floats in 0..1."""
+    import numpy
     from PIL import Image
 
-    figure = Figure(figsize=(4 + 1.1 * SHOWN, 1.15 * len(rows)), layout="constrained")
-    FigureCanvasAgg(figure)
+    return numpy.asarray(Image.open(io.BytesIO(png)).convert("RGB"), dtype=numpy.float32) / 255
+
+
+def draw_beside(rows: list[dict], path: Path) -> None:
+    """Some methods next to each other, and under each picture its difference from the plain one, amplified."""
+    rows = {r["name"]: r for r in rows}
+    figure = figure_of(1.62 * len(BESIDE), 7.1)
+    grid = figure.subplots(4, len(BESIDE))
+    truth = [pixels(png) for png in rows["plain"]["pictures"]]
+    for column, (name, title) in zip(grid.T, BESIDE.items(), strict=True):
+        r = rows[name]
+        quality = "the reference" if math.isinf(r["psnr_db"]) else f"{r['psnr_db']:.1f} dB"
+        column[0].set_title(f"{title}\n{r['evaluations']:.0f} evaluations\n{quality}", fontsize=10)
+        for pair in range(2):
+            shown = pixels(r["pictures"][pair])
+            off = 1 - (STRENGTH * abs(shown - truth[pair])).clip(0, 1)
+            for axes, image in zip(column[2 * pair : 2 * pair + 2], (shown, off), strict=True):
+                axes.imshow(image)
+                axes.set(xticks=[], yticks=[])
+                axes.spines[:].set_color("#dddddd")
+    for pair in range(2):
+        grid[2 * pair + 1][0].set_ylabel(f"difference x {STRENGTH}", fontsize=9)
+    write(figure, path)
+
+
+def draw(rows: list[dict], path: Path) -> None:
+    """The same pictures by every method, one line each."""
+    figure = figure_of(4 + 1.1 * SHOWN, 1.15 * len(rows))
     grid = figure.subplots(len(rows), SHOWN + 1, width_ratios=[3.2] + [1] * SHOWN)
     for line, r in zip(grid, rows, strict=True):
         quality = "reference" if math.isinf(r["psnr_db"]) else f"{r['psnr_db']:.1f} dB"
         text = f"{r['name']}\n{r['evaluations']:.1f} evaluations, {r['seconds']:.2f} s, {quality}"
         line[0].text(0, 0.5, text, va="center", fontsize=9, wrap=True)
         for axes, png in zip(line[1:], r["pictures"], strict=True):
-            axes.imshow(Image.open(io.BytesIO(png)))
+            axes.imshow(pixels(png))
         for axes in line:
             axes.axis("off")
-    temporary = path.with_name(path.name + ".part")
-    figure.savefig(temporary, format="png", dpi=110)
-    temporary.replace(path)
+    write(figure, path)
 
 
 def main() -> None:
@@ -157,6 +205,7 @@ def main() -> None:
         print(f"sampling {len(METHODS)} methods x {len(PROMPTS) * options.seeds} pictures", flush=True)
         rows = asyncio.run(run_all(url, options.seeds))
     draw(rows, OUT / "demo.png")
+    draw_beside(rows, OUT / "side_by_side.png")
     rows = [{k: v for k, v in r.items() if k != "pictures"} for r in rows]
     save(OUT / "report.json", rows)
     print(table(rows, ("name", "evaluations", "seconds", "psnr_db", "psnr_min_db")))

@@ -1,6 +1,6 @@
 """The real ComfyUI server with this pack and the demo nodes, in a folder of its own.
 
-python -m demo.server [--port 8188] [ComfyUI arguments]     COMFYUI_PATH names the checkout
+python -m demo.server [--port 8188] [--base-directory DIR] [ComfyUI arguments]     COMFYUI_PATH names the checkout
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import runpy
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -51,9 +52,10 @@ def serve(extra: list[str]) -> None:
 
     register_torchvision_schemas()
     port = int(extra.pop(extra.index("--port") + 1)) if "--port" in extra else 8188
-    extra = [e for e in extra if e != "--port"]
+    base = Path(extra.pop(extra.index("--base-directory") + 1)) if "--base-directory" in extra else BASE
+    extra = [e for e in extra if e not in ("--port", "--base-directory")]
     host = host_path()
-    sys.argv = [str(host / "main.py"), *arguments(prepare_base(), port), *extra]
+    sys.argv = [str(host / "main.py"), *arguments(prepare_base(base), port), *extra]
     sys.path[:] = [str(host), *(p for p in sys.path if p and Path(p).resolve() != ROOT)]
     os.chdir(host)
     runpy.run_path(sys.argv[0], run_name="__main__")
@@ -62,7 +64,10 @@ def serve(extra: list[str]) -> None:
 class Server:
     """The same server as a child process: `with Server(log) as url`, ready when entered, gone when left."""
 
-    def __init__(self, log: Path, timeout: float = 240.0):
+    def __init__(self, log: Path, timeout: float = 240.0, base: Path | None = None):
+        # A folder of its own: servers that share one write over each other's numbered outputs.
+        self.scratch = None if base else tempfile.TemporaryDirectory(prefix="slipstream-", ignore_cleanup_errors=True)
+        self.base = base or Path(self.scratch.name)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
@@ -73,9 +78,9 @@ class Server:
     def __enter__(self) -> str:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "demo.server", "--port", str(self.port)], cwd=ROOT, stdout=log, stderr=log
-            )
+            command = [sys.executable, "-m", "demo.server", "--port", str(self.port)]
+            command += ["--base-directory", str(self.base)]
+            self.process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
         deadline = time.monotonic() + self.timeout
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
@@ -95,6 +100,8 @@ class Server:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+        if self.scratch:
+            self.scratch.cleanup()
 
     def tail(self, lines: int = 15) -> str:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
