@@ -6,6 +6,7 @@
     python dev.py bench NAME                write bench/out/NAME.json
     python dev.py serve                     start ComfyUI with the pack and the demo nodes
     python dev.py host --path DIR COMMAND   the same with any other ComfyUI checkout
+    python dev.py hosts --repo DIR          the smoke set in every release that a local ComfyUI clone holds
 
 Everything it makes lies in `.dev`, and is found there the second time. COMFYUI_PATH does what --path does.
 """
@@ -47,10 +48,12 @@ class Stop(Exception):
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = {"demo": demo, "test": test, "bench": bench, "serve": serve}
-    parser.add_argument("command", choices=[*commands, "host"])
+    parser.add_argument("command", choices=[*commands, "host", "hosts"])
     parser.add_argument("--path", default=os.environ.get("COMFYUI_PATH"), help="a ComfyUI checkout to use instead")
     options, rest = parser.parse_known_args(argv)
     command = options.command
+    if command == "hosts":
+        return hosts(rest)
     if command == "host":
         if not options.path:
             raise Stop("`python dev.py host` needs --path with the folder of a ComfyUI checkout.")
@@ -106,6 +109,15 @@ def bench(environment: Environment, rest: list[str]) -> int:
 
 def serve(environment: Environment, rest: list[str]) -> int:
     return environment.python("-m", "demo.server", *rest)
+
+
+def hosts(rest: list[str]) -> int:
+    from bench import hosts
+
+    try:
+        return hosts.run(rest, Environment, DEV / "hosts")
+    except hosts.HostsError as error:
+        raise Stop(str(error)) from error
 
 
 class Environment:

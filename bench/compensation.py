@@ -1,9 +1,10 @@
 """What taking errors back gives on the trained small models: every published term, anchors, and what limits them.
 
-    python dev.py bench compensation [--models flux unet] [--pictures 32]
+    python dev.py bench compensation [--models flux unet] [--pictures 32] [--minutes 0]
 
 Writes bench/out/compensation.json and docs/compensation.md. Coefficients are fitted on some prompts and seeds, kept or
-dropped on others, and scored on others again, all in the real host by the node's own code. CPU, one thread.
+dropped on others, and scored on others again, all in the real host by the node's own code. CPU, one thread. --minutes:
+after so many, side questions (other decays, other places, a stochastic sampler) are left out; 0 asks them all.
 """
 
 from __future__ import annotations
@@ -23,9 +24,11 @@ from .compensation_models import (
     FIT_RUNS,
     QUANTISERS,
     SHARE,
+    SMALL_STEPS,
     STEPS,
     Lab,
     cached,
+    cpu_seconds,
     lab_of,
     quantised_models,
     quick_layers,
@@ -41,9 +44,10 @@ EVERY = (
     "PTQD", "TAC-Diffusion", "ERTACache factor", "ERTACache", "CacheQuant", "TCEC", "local", "cumulative", "mixed",
     "with memory", "across channels",
 )  # fmt: skip
-EVERY_QUANTISED = ("PTQD", "CacheQuant", "TCEC", "cumulative", "with memory")
-BRIEF = ("CacheQuant", "cumulative", "with memory")
+EVERY_QUANTISED = ("PTQD", "TCEC", "cumulative")
+BRIEF = ("CacheQuant", "TCEC", "cumulative", "with memory")
 DECAYS = (0.0, 0.8, 0.95, 1.0)
+MODEL_DECAYS = (0.9,)
 AGES = (1, 2, 4, 8)
 
 
@@ -67,13 +71,15 @@ class Measured:
         gains = [a - b for a, b in zip(each, base, strict=True)]
         report = (events.last_report(plan_of(model)) if plan_of(model).node_ids else None) or {}
         told = report.get("compensation") or {}
+        anchored = told.get("anchor_seconds") or 0.0
         row = {
             "model": self.lab.name, "setting": setting, "name": name, "sampler": "euler", "steps": STEPS,
             "evaluations": report.get("computed", STEPS) + len(told.get("anchors", ())), "seconds": spent,
             "psnr_db": mean_db(each), "psnr_min_db": min(each), "gain_db": mean(gains),
             "error_db": statistics.stdev(gains) / len(gains) ** 0.5, "better": sum(g > 0 for g in gains),
             "pictures": len(each), "correction_seconds": told.get("seconds"),
-            "anchor_seconds": told.get("anchor_seconds"), "made_seconds": told.get("reference_seconds"),
+            "reference": told.get("reference"), "added_pct": 100 * anchored / (spent - anchored) if anchored else None,
+            "anchor_seconds": anchored or None, "made_seconds": told.get("reference_seconds"),
             "memory_mb": (told.get("reference_bytes") or 0) / 1e6 or None, "anchors": told.get("anchors"), **more,
         }  # fmt: skip
         self.rows.append(row)
@@ -81,16 +87,22 @@ class Measured:
               f"{spent:5.1f} s", flush=True)  # fmt: skip
         return row
 
+    def again(self, setting: str, name: str, like: str, **more) -> dict:
+        """The row of a run that is the same as one there is, with another name."""
+        found = next(r for r in self.rows if r.get("setting") == setting and r["name"] == like)
+        self.rows.append(found | {"name": name} | more)
+        return self.rows[-1]
+
 
 # -- what is measured ------------------------------------------------------------------------------------------------
 
 
-def compensated(model, anchors: int = 0, profile=None, terms: str = "auto"):
-    """The model through an Error Compensator, as the node puts it there; profile: handed over without a file."""
+def compensated(model, anchors: int, reference: str = "auto"):
+    """The model through an Error Compensator, as the node puts it there."""
     from slipstream.host.patcher import add_compensator
     from slipstream.host.plan import CompensatorConfig
 
-    return add_compensator(model, CompensatorConfig("none", anchors, node_id="e", terms=terms))
+    return add_compensator(model, CompensatorConfig("none", anchors, node_id="e", reference=reference))
 
 
 def with_coefficients(model, found, lab: Lab, anchors: int):
@@ -115,38 +127,77 @@ def terms_of(measured: Measured, setting: str, model, quantised: bool, names, an
     from slipstream.host.patcher import plan_of
     from slipstream.host.plan import CompensatorConfig
 
-    lab = measured.lab
+    lab, known = measured.lab, measured.lab.known()
     config = CompensatorConfig(anchors=anchors)
     after = f" + {anchors} anchors" if anchors else ""
-    references = fitting.references(lab.seen, quantised)
     for name in names:
-        theta = fitting.coefficients(lab.seen, model, references[0], METHODS[name], range(FIT_RUNS - 1), config)[0]
+        theta = fitting.coefficients(lab.seen, model, known[0], METHODS[name], range(FIT_RUNS - 1), config)[0]
         follow = fitting.Follow(METHODS[name], None, lab.seen.values, None, theta, learn=False)
         measured.add(setting, name + after, fitting.watched(model, follow, config), ungated=True)
-    found = fitting.fit(lab.seen, model, quantised, config, known=references)
+    found = fitting.fit(lab.seen, model, quantised, config, known=known)
+    told = {"chose": found.about["terms"] or "none", "predicted_db": found.about["gain_db"],
+            "why": found.about.get("why", "")}  # fmt: skip
+    if not found.about["terms"]:
+        measured.again(setting, "auto" + after, f"{anchors} anchors" if anchors else "none", **told)
+        return
     counted = {} if plan_of(model).node_ids else {"evaluations": STEPS + anchors}  # the fit's runs report to no node
-    chosen = with_coefficients(model, found, lab, anchors)
-    measured.add(setting, "auto" + after, chosen, chose=found.about["terms"] or "none",
-                 predicted_db=found.about["gain_db"], why=found.about.get("why", ""), **counted)  # fmt: skip
+    measured.add(setting, "auto" + after, with_coefficients(model, found, lab, anchors), **told, **counted)
 
 
-def placements(measured: Measured, setting: str, model, decays=DECAYS) -> None:
-    """Anchors of several numbers, decays and places, on one setting."""
+def stitched(measured: Measured) -> None:
+    """A small model in the early steps: anchors on the large one, fitted terms, and other uses of the same seconds."""
+    from slipstream.demo import emoji
+    from slipstream.host.reference import LargeModel
+    from slipstream.host.segments import SwitchConfig
+    from slipstream.host.switch import add_switch
+
+    lab, small = measured.lab, emoji.load_small_flux()
+    setting = f"small model for {SMALL_STEPS} steps"
+
+    def switched(model, steps: int = SMALL_STEPS):
+        return add_switch(model, lab.base, SwitchConfig(steps / STEPS))
+
+    def add(name: str, model, anchors: int = 0) -> None:
+        measured.add(setting, name, model, evaluations=STEPS + anchors)
+
+    add("none", switched(small))
+    for fewer in (2, 3, 6):
+        add(f"for {SMALL_STEPS - fewer} steps instead", switched(small, SMALL_STEPS - fewer))
+    for count in (1, 2, 3):
+        add(_anchors(count), switched(compensated(small, count)), count)
+    terms_of(measured, setting, switched(small), False, BRIEF)
+    decay = LargeModel.decay
+    try:
+        for LargeModel.decay in MODEL_DECAYS:
+            add(f"2 anchors, {LargeModel.decay:g} left per step", switched(compensated(small, 2)), 2)
+    finally:
+        LargeModel.decay = decay
+
+
+def _anchors(count: int) -> str:
+    return f"{count} anchor{'s' * (count > 1)}"
+
+
+def placements(measured: Measured, setting: str, model, known, in_time) -> None:
+    """Anchors with several decays and in several places, on one setting. known: products of two steps' residuals."""
     from slipstream.engine import anchors as rules
     from slipstream.engine.choice import error_effects, gaussian_jacobians
-    from slipstream.host import compensate, fitting, recording
+    from slipstream.host import compensate, recording
+    from slipstream.host.reference import BetterWeights
 
     lab, sigmas = measured.lab, measured.lab.seen.values
     flow = lab.name.endswith("flux_emoji")
-    carried, placed = compensate.Carried, compensate.placed
+    decay, placed = BetterWeights.decay, compensate.placed
     try:
-        for decay in decays:
-            compensate.Carried = lambda decay=decay: carried(decay)
-            measured.add(setting, f"{ANCHORS} anchors, {decay:g} left per step", compensated(model, ANCHORS))
+        for BetterWeights.decay in DECAYS:
+            if in_time():
+                name = f"{ANCHORS} anchors, {BetterWeights.decay:g} left per step"
+                measured.add(setting, name, compensated(model, ANCHORS))
     finally:
-        compensate.Carried = carried
+        BetterWeights.decay = decay
+    if not in_time():
+        return
     first = dataclasses.replace(lab.seen, runs=lab.seen.runs[:1], model=model)
-    known = fitting.references(first, True)[0][0].gram()
     plain = dataclasses.replace(first, model=lab.base)
     measured_growth = error_effects(sigmas, recording.growth_of(plain, recording.record(plain)))
     gaussian_growth = error_effects(sigmas, gaussian_jacobians(sigmas, 1.0, flow))
@@ -157,6 +208,8 @@ def placements(measured: Measured, setting: str, model, decays=DECAYS) -> None:
         "solved, measured growth": rules.solved(known, measured_growth, ANCHORS),
         "solved, Gaussian growth": rules.solved(known, gaussian_growth, ANCHORS),
     }.items():
+        if not in_time():
+            return
         try:
             compensate.placed = lambda *_, places=places: places
             measured.add(setting, f"{ANCHORS} anchors, {name}", compensated(model, ANCHORS))
@@ -164,11 +217,11 @@ def placements(measured: Measured, setting: str, model, decays=DECAYS) -> None:
             compensate.placed = placed
 
 
-def predictable(measured: Measured, setting: str, quantised: bool, model=None, order: int = 0) -> None:
+def predictable(measured: Measured, setting: str, quantised: bool, model=None, order: int = 0) -> list:
     """How much of a residual's energy is explained, on unseen pictures, by step, channel, place, state and the past.
 
     Residuals are those on the reference's own trajectory: of a quantised model at every step, of a cached one those of
-    the forecast one and two steps after a computed one.
+    the forecast one and two steps after a computed one. Returns the reference's runs.
     """
     import torch
     from slipstream.engine.predictors import Predictor
@@ -176,7 +229,7 @@ def predictable(measured: Measured, setting: str, quantised: bool, model=None, o
 
     lab = measured.lab
     job = lab.seen if model is None else dataclasses.replace(lab.seen, model=model)
-    runs = fitting.references(job, quantised)[0]
+    runs = fitting.references(job, quantised)[0] if quantised else lab.known()[0]
     x = torch.stack([torch.stack(t.states) for t in runs], 1).flatten(1, 2)  # steps, pictures, channels, places
     d = torch.stack([torch.stack(t.slopes) for t in runs], 1).flatten(1, 2)
     if quantised:
@@ -243,6 +296,7 @@ def predictable(measured: Measured, setting: str, quantised: bool, model=None, o
              "explained_pct": 100 * (1 - left / energy)}
         )  # fmt: skip
         print(f"{setting:24} {name:48} {100 * (1 - left / energy):6.1f} %", flush=True)
+    return runs
 
 
 def _calmer(lab: Lab, residuals) -> float:
@@ -293,62 +347,68 @@ def corrector_ms(channels: int = 16, size: int = 128) -> float:
     return (time.process_time() - began) * 1000 / 20
 
 
-def measure(name: str, pictures: int, finish) -> list[dict]:
-    """All rows of one model; finish: called with the rows after every setting."""
-    import torch
-
-    with torch.inference_mode():
-        lab = lab_of(name, pictures)
-        measured = Measured(lab)
-        rows, whole = measured.rows, name == "flux"
-        rows.append({"model": lab.name, "name": "full", "table": "cost", "seconds": lab.seconds, "ms": corrector_ms()})
-        models = quantised_models(lab)
-        best = models["SVDQuant + GPTQ"]
-        measured.add("SVDQuant + GPTQ", "none", best)
-        for count in (ANCHORS, 2 * ANCHORS):
-            measured.add("SVDQuant + GPTQ", f"{count} anchors", compensated(best, count))
-        measured.add("SVDQuant + GPTQ", f"{SHARE:.0%} of the weights in 8 bit", models["raised"])
+def measure(name: str, pictures: int, finish, in_time):
+    """All rows of one model; finish: called with the rows after every setting; in_time: whether there is time for side
+    questions. Yields once, between what has to be known and those."""
+    lab = lab_of(name, pictures)
+    measured = Measured(lab)
+    rows, whole = measured.rows, name == "flux"
+    rows.append({"model": lab.name, "name": "full", "table": "cost", "seconds": lab.seconds, "ms": corrector_ms()})
+    models = quantised_models(lab)
+    title, best = "SVDQuant + GPTQ", models["SVDQuant + GPTQ"]
+    measured.add(title, "none", best)
+    for count in (2, ANCHORS, 2 * ANCHORS) if whole else (2, ANCHORS):
+        measured.add(title, f"{count} anchors", compensated(best, count))
+    measured.add(title, f"{ANCHORS} anchors on the original", compensated(best, ANCHORS, "original weights"))
+    measured.add(title, f"{SHARE:.0%} of the weights in 8 bit", models["raised"])
+    finish(rows)
+    if whole:
+        stitched(measured)
         finish(rows)
-        for order, title in enumerate(("reuse", "Taylor 1")):
-            model = cached(lab.base, lab, order)
-            measured.add(title, "none", model)
-            for more in (1, 2) if whole else (1,):
-                measured.add(
-                    title, f"{COMPUTED + more} computed evaluations", cached(lab.base, lab, order, COMPUTED + more)
-                )
-            terms_of(measured, title, model, False, EVERY if whole else BRIEF)
-            predictable(measured, title, False, order=order)
-            finish(rows)
-        for order, title in enumerate(("reuse", "Taylor 1")):
-            title, model = f"SVDQuant + GPTQ, {title}", cached(best, lab, order)
-            measured.add(title, "none", model)
-            measured.add(title, f"{ANCHORS} anchors", compensated(model, ANCHORS))
-            more = cached(best, lab, order, COMPUTED + ANCHORS)
-            measured.add(title, f"{COMPUTED + ANCHORS} computed evaluations", more)
-            terms_of(measured, title, model, True, (), ANCHORS)
-            finish(rows)
-        terms_of(measured, "SVDQuant + GPTQ", best, True, EVERY_QUANTISED if whole else ())
-        terms_of(measured, "SVDQuant + GPTQ", best, True, (), ANCHORS)
-        predictable(measured, "SVDQuant + GPTQ", True, best)
+    for order, title in enumerate(("reuse", "Taylor 1")):
+        model = cached(lab.base, lab, order)
+        measured.add(title, "none", model)
+        for more in (1, 2, ANCHORS) if whole else (1, ANCHORS):
+            measured.add(
+                title, f"{COMPUTED + more} computed evaluations", cached(lab.base, lab, order, COMPUTED + more)
+            )
+        measured.add(title, f"{ANCHORS} anchors, uncached", compensated(model, ANCHORS, "uncached model"))
+        terms_of(measured, title, model, False, EVERY if whole and not order else BRIEF)
+        predictable(measured, title, False, order=order)
         finish(rows)
-        for title in QUANTISERS:
-            if title in measured.plain:
-                continue
-            measured.add(title, "none", models[title])
-            measured.add(title, f"{ANCHORS} anchors", compensated(models[title], ANCHORS))
-            if whole:
-                terms_of(measured, title, models[title], True, ())
-            finish(rows)
-        placements(measured, "SVDQuant + GPTQ", best, DECAYS if whole else ())
+    for order, title in enumerate(("reuse", "Taylor 1")):
+        title, model = f"SVDQuant + GPTQ, {title}", cached(best, lab, order)
+        measured.add(title, "none", model)
+        measured.add(title, f"{ANCHORS} anchors", compensated(model, ANCHORS))
+        more = cached(best, lab, order, COMPUTED + ANCHORS)
+        measured.add(title, f"{COMPUTED + ANCHORS} computed evaluations", more)
+        terms_of(measured, title, model, True, (), ANCHORS)
         finish(rows)
+    title = "SVDQuant + GPTQ"
+    terms_of(measured, title, best, True, EVERY_QUANTISED if whole else ())
+    terms_of(measured, title, best, True, (), ANCHORS)
+    runs = predictable(measured, title, True, best)
+    finish(rows)
+    for title in QUANTISERS:
+        if title in measured.plain:
+            continue
+        measured.add(title, "none", models[title])
+        measured.add(title, f"{ANCHORS} anchors", compensated(models[title], ANCHORS))
+        terms_of(measured, title, models[title], True, ())
+        finish(rows)
+    yield
+    if in_time():
         stochastic(measured, best)
-    return rows
+    finish(rows)
+    placements(measured, "SVDQuant + GPTQ", best, runs[0].gram(), in_time)
+    finish(rows)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python dev.py bench compensation")
     parser.add_argument("--models", nargs="*", default=("flux", "unet"))
     parser.add_argument("--pictures", type=int, default=32)
+    parser.add_argument("--minutes", type=float, default=0.0, help="then leave out side questions; 0: never")
     parser.add_argument("--page", action="store_true", help="write the page from the rows there are")
     options = parser.parse_args()
     boot()
@@ -356,14 +416,26 @@ def main() -> None:
 
     torch.set_num_threads(1)
     quick_layers()
+    cpu_seconds()
     logging.getLogger("slipstream").setLevel(logging.WARNING)
-    rows = json.loads(OUT.read_text()) if OUT.exists() else []
-    for name in () if options.page else options.models:
-        others = [row for row in rows if not row["model"].startswith(f"tiny_{'flux' if name == 'flux' else 'sd15'}")]
-        rows = sorted([*others, *measure(name, options.pictures, lambda made, o=others: save(OUT, [*o, *made]))],
-                      key=lambda row: row["model"])  # fmt: skip
-        save(OUT, rows)
-    PAGE.write_text(page(rows))
+    began, made = time.monotonic(), {}
+    if OUT.exists():
+        for row in json.loads(OUT.read_text()):
+            made.setdefault(row["model"], []).append(row)
+
+    def finish(rows: list[dict]) -> None:
+        made[rows[0]["model"]] = rows
+        save(OUT, [row for model in sorted(made) for row in made[model]])
+
+    def in_time() -> bool:
+        return not options.minutes or time.monotonic() - began < 60 * options.minutes
+
+    parts = [measure(name, options.pictures, finish, in_time) for name in (() if options.page else options.models)]
+    with torch.inference_mode():
+        for _ in range(2):  # what has to be known of every model, then the side questions
+            for part in parts:
+                next(part, None)
+    PAGE.write_text(page([row for model in sorted(made) for row in made[model]]))
 
 
 if __name__ == "__main__":

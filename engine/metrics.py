@@ -47,11 +47,17 @@ def psnr(value: Tensor, reference: Tensor, peak: float | None = None) -> float:
 
 def ssim(value: Tensor, reference: Tensor, window: int = 8) -> float:
     """Mean structural similarity of pictures [B, H, W, C] in [0, 1] with a uniform window (Wang 2004, eq. 13)."""
+    # picture by picture: a video at once would take gigabytes
+    rows = [_ssim(v[None], r[None], window) for v, r in zip(value, reference, strict=True)]
+    return sum(rows) / len(rows)
+
+
+def _ssim(value: Tensor, reference: Tensor, window: int) -> float:
     c1, c2 = 0.01**2, 0.03**2
     x, y = (t.double().movedim(-1, 1) for t in (value, reference))
 
     def mean(t: Tensor) -> Tensor:
-        return torch.nn.functional.avg_pool2d(t, min(window, *t.shape[-2:]), stride=1)
+        return torch.nn.functional.avg_pool2d(t, [min(window, side) for side in t.shape[-2:]], stride=1)
 
     mx, my = mean(x), mean(y)
     vx, vy, cov = mean(x * x) - mx * mx, mean(y * y) - my * my, mean(x * y) - mx * my

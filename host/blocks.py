@@ -130,7 +130,7 @@ class BlockCall:
         """Stand in for one block."""
         site = self.site
         number = site.blocks.order.get(name)
-        if number is None or site.run.note:
+        if number is None or (site.run.note and self.filled is None):  # a call on another card may refuse in mid-call
             return original(*args, **kwargs)
         stack = site.blocks.stacks[number]
         stream = parts_of(read(stack, args, kwargs))

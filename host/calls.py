@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 Parts = tuple[Tensor, ...]
@@ -20,6 +21,9 @@ class Call(Protocol):
 
 # A context variable, because the host may run several networks in threads at once.
 CURRENT: ContextVar[Call | None] = ContextVar("slipstream_call", default=None)
+
+# Whose better weights this thread computes with, for an anchor; see `reference.py`.
+ASKING: ContextVar[object | None] = ContextVar("slipstream_asking", default=None)
 
 
 class PatchedForward:
@@ -40,6 +44,20 @@ class PatchedForward:
 
     def __deepcopy__(self, memo) -> PatchedForward:
         return self  # nothing in it may be copied: a copy of the bound forward would drag the model along
+
+
+def own_forwards(patcher, clone) -> None:
+    """ON_CLONE: where the clone has another network, for another card or a static load, its layers run, not ours.
+
+    What another pack has put there stays: only that pack knows how it follows a network.
+    """
+    if clone.model is patcher.model:
+        return
+    patches, clone.object_patches = clone.object_patches, {}
+    for key, patch in patches.items():
+        if isinstance(patch, PatchedForward) and isinstance(getattr(patch.original, "__self__", None), torch.nn.Module):
+            patch = PatchedForward(patch.name, clone.get_model_object(key))  # without patches: the network's own
+        clone.object_patches[key] = patch
 
 
 def split(parts: Parts, count: int, dim: int = 0) -> list[Parts]:

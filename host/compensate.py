@@ -10,19 +10,22 @@ import dataclasses
 import time
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
-from ..engine.anchors import Carried, automatic, placed
+from ..engine.anchors import DECAY, Carried, automatic, placed
 from ..engine.correctors import corrected
 from ..engine.predictors import SAME_TIME
 from ..engine.profile import Profile, ProfileError
 from . import profiles
 from .account import Evaluation
+from .calls import ASKING
 from .corrections import Correction, correction_of
 from .errors import SlipstreamError
-from .plan import CompensatorConfig, Plan
-from .reference import Reference
+from .plan import UNCACHED, CompensatorConfig, Plan
+from .reference import BetterWeights, Reference, reference_of
 from .sampling import Clock, Sampler
+from .segments import TURN
 
 NODE = "Error Compensator"
 
@@ -47,15 +50,16 @@ class Compensator:
     ):
         self.config, self.clock, self.sampler, self.flow, self.fit = config, clock, sampler, flow, fit
         self.found, self.remark = found, remark
-        self.carried = Carried()
+        self.carried = Carried(DECAY)
         self.anchors: tuple[int, ...] = ()
         self.taken: list[float] = []
         self.anchor_seconds = self.correction_seconds = 0.0
         self.reference: Reference | None = None
-        self.copies = (0.0, 0)
         self.corrected_steps = 0
         self._patcher = patcher
+        self._asking: Reference | None = None
         self._previous: Tensor | None = None
+        self._unable = "no evaluation was filled by a cache" if config.reference == UNCACHED else ""
         self._sizes: list[tuple[Evaluation, Tensor]] = []
         self._account: dict | None = None
 
@@ -73,19 +77,22 @@ class Compensator:
         if x.shape != denoised.shape or float(args[1].reshape(-1)[0]) <= 0.0:
             return denoised
         asked = self._is_anchor(now)
-        began = time.perf_counter()
+        began = _clocked(x.device) if asked else time.perf_counter()
         if not asked and self.carried.residual is None and self.found is None and self.fit is None:
             return denoised
         slope = (x - denoised) / sigma
         strength, better = self.config.strength, slope
         if asked:
             true = self.ask(executor, args, kwargs, x, sigma)
-            self.anchor_seconds += time.perf_counter() - began
-            began = time.perf_counter()
+            ended = _clocked(x.device)
+            self.anchor_seconds += ended - began
+            began = ended
             self.carried.take(now.u, true - slope)
             self.taken.append(now.u)
             now.anchor = True
             better = slope + strength * (true - slope) if strength < 1.0 else true
+        elif self.reference.of_fills and now.action == "computed":
+            self.carried.clear()  # the fills that follow start from this one
         else:
             carried = self.carried.at(now.u, slope)
             if carried is not None:
@@ -105,45 +112,67 @@ class Compensator:
 
     def ask(self, executor, args: tuple, kwargs: dict, x: Tensor, sigma: Tensor) -> Tensor:
         """The slope of the reference at this evaluation."""
-        with self.reference.in_place():
-            return (x - executor(*args, **kwargs)) / sigma
+        self._asking = self.reference
+        try:
+            return (x - self.reference.asked(lambda: executor(*args, **kwargs))) / sigma
+        finally:
+            self._asking = None
+
+    def within(self, wrapper):
+        """An APPLY_MODEL wrapper that computes with what is asked for, also in a thread of the host's own."""
+
+        def applied(executor, *args, **kwargs):
+            token = ASKING.set(self._asking)
+            try:
+                return wrapper(executor, *args, **kwargs)
+            finally:
+                ASKING.reset(token)
+
+        return applied
 
     def _open(self) -> None:
         """Look at the model, which is loaded now, and place the anchors."""
-        self.reference = Reference(self._patcher, self.config.reference)
+        self.reference = reference_of(self._patcher, self.config.reference)
+        self.carried.decay = self.reference.decay
         self._patcher = None
         self._place()
         if self.found is not None and self.found.corrector is not None:
             fitted = bool(self.found.about.get("anchored"))
-            if fitted != bool(self.anchors):
+            if bool(self.anchors) != (fitted and isinstance(self.reference, BetterWeights)):
                 self.found = None
                 self._say(f"the profile's terms were fitted {'with' if fitted else 'without'} anchors, so they are off")
 
     def _place(self) -> None:
-        steps = self.clock.steps
+        turn = TURN.get()
+        first, last = (0, self.clock.steps) if turn is None else (turn.first, turn.last)
+        steps = last - first
         wanted = self.config.anchors if self.config.anchors >= 0 else automatic(steps)
         if not wanted:
-            if self.config.anchors < 0 and self.reference.layers:
+            if self.config.anchors < 0 and not self.reference.why_not:
                 self._say(f"no anchors at {steps} steps, each would cost more than a tenth")
             return
         if self.reference.why_not:
             # who asks for anchors, or has a quantised model, is told; on others `auto` is simply none
-            if self.config.anchors > 0 or self.reference.quantised:
+            if self.config.anchors > 0 or self.reference.expected:
                 self._say(f"no anchors: {self.reference.why_not}")
             return
         if not self.clock.decreasing:
             self._say("no anchors: the sigmas of this run are not a falling schedule")
             return
-        solved = None if self.found is None else self.found.anchors_for(self.clock.sigmas, wanted)
-        self.anchors = solved or placed(self.clock.sigmas, wanted, self.flow)
+        sigmas = self.clock.sigmas[first : last + 1]
+        solved = None if self.found is None else self.found.anchors_for(sigmas, wanted)
+        self.anchors = tuple(first + step for step in solved or placed(sigmas, wanted, self.flow))
 
     def _say(self, sentence: str) -> None:
         self.remark = "; ".join(filter(None, (self.remark, sentence)))
 
     def _is_anchor(self, now: Evaluation) -> bool:
-        """Whether an anchor is due and this evaluation, a computed one, can be it."""
+        """Whether an anchor is due and this evaluation can be it."""
         due = sum(now.u >= anchor - SAME_TIME for anchor in self.anchors)
-        if now.action != "computed" or due <= len(self.taken):
+        if due <= len(self.taken) or (now.action != "computed") != self.reference.of_fills:
+            return False
+        self._unable = self.reference.unable()
+        if self._unable:
             return False
         missed = due - len(self.taken) - 1
         self.taken += [now.u] * missed  # steps that were filled when their anchor was due: one serves for all
@@ -182,15 +211,19 @@ class Compensator:
             "seconds": self.correction_seconds,
             "reference": reference.kind if reference is not None and self.taken else "",
             "reference_bytes": reference.nbytes if reference is not None else 0,
+            "reference_where": reference.where if reference is not None else "",
             "reference_seconds": reference.seconds if reference is not None else 0.0,
             "bytes": self.carried.nbytes,
             "correction_mean": sum(sizes) / len(sizes) if sizes else None,
             "terms": found.name if found is not None and self.corrected_steps else "",
             "steps_corrected": self.corrected_steps,
             "predicted_gain_db": found.gain_db if found is not None and self.corrected_steps else None,
-            "remark": self.remark,
+            "remark": "; ".join(filter(None, (self.remark, self._none_taken()))),
         }
         return self._account
+
+    def _none_taken(self) -> str:
+        return f"no anchors: {self._unable}" if self.anchors and not self.taken and self._unable else ""
 
     def words(self) -> str:
         """The account in one line, for the node."""
@@ -198,7 +231,8 @@ class Compensator:
         parts = []
         if told["anchors"]:
             made = f" (of it {told['reference_seconds']:.1f} s once)" if told["reference_seconds"] > 0.1 else ""
-            memory = f", {told['reference_bytes'] / 1e6:.0f} MB of RAM" if told["reference_bytes"] else ""
+            held, where = told["reference_bytes"], told["reference_where"]
+            memory = f", {held / 1e6:.0f} MB {where}" if held else ""
             parts.append(
                 f"{len(told['anchors'])} anchors on the {told['reference']}: "
                 f"{told['anchor_seconds']:.2f} s{made}{memory}"
@@ -220,6 +254,13 @@ class Compensator:
         self._patcher = self.fit = None
         if self.reference is not None:
             self.reference.close()
+
+
+def _clocked(device: torch.device) -> float:
+    """The time, with what was started on the device done: an anchor is charged for its own work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def _age(evaluations: Sequence[Evaluation]) -> int:

@@ -37,7 +37,7 @@ from ..engine.profile import Profile
 from ..quant.linear import W4A4Linear
 from .corrections import as_extras
 from .patcher import FIT, plan_of, with_plan
-from .plan import CompensatorConfig, Plan
+from .plan import LARGE_MODEL, UNCACHED, CompensatorConfig, Plan
 from .recording import Job, Progress, following, silent
 from .sampling import sampler_traits
 
@@ -91,6 +91,8 @@ class Follow:
     _previous: Tensor | None = None
 
     def take(self, now, age: int, x: Tensor, slope: Tensor, ask: Callable[[], Tensor]) -> Tensor:
+        if not self.ages:  # in a switched run the model's turn may come later
+            self.ages += [0] * round(now.u)
         step = len(self.ages)
         self.ages.append(age)
         terms = self.terms
@@ -131,6 +133,8 @@ def watched(model, fit, config: CompensatorConfig | None, cached: bool = True):
     """The model with a fit in the place of coefficients; without its cache where it is to be the reference."""
     plan = plan_of(model)
     own = dataclasses.replace(config or CompensatorConfig(anchors=0), node_id="", profile="none", strength=1.0)
+    if not _of_weights(own):
+        own = dataclasses.replace(own, anchors=0)
     plan = dataclasses.replace(plan, compensator=own) if cached else Plan(compensator=own)
     clone = with_plan(model, plan)
     clone.set_attachments(FIT, fit)
@@ -163,7 +167,8 @@ def coefficients(
         follow = Follow(terms, known[run], sigmas, moments)
         job.sample(watched(fast, follow, config), run, progress(f"fitting the correction, run {run + 1}"))
         moments, ages = follow.moments, follow.ages
-    return torch.stack([moments.theta(terms, step) for step in range(len(sigmas) - 1)]), moments, ages
+    steps = len(sigmas) - 1
+    return torch.stack([moments.theta(terms, step) for step in range(steps)]), moments, ages + [0] * (steps - len(ages))
 
 
 def fit(
@@ -185,7 +190,7 @@ def fit(
     seen = [run for run in range(count) if run not in held]
     trajectories, finals = known or references(job, quantised, progress)
     grams = [t.gram() for t in trajectories]
-    residuals = torch.stack(grams).mean(0) if quantised else None
+    residuals = torch.stack(grams).mean(0) if all(gram is not None for gram in grams) else None
 
     def sampled(follow, run: int, what: str) -> Tensor:
         return job.sample(watched(fast, follow, config), run, progress(what))
@@ -199,7 +204,7 @@ def fit(
 
     traits = sampler_traits(job.sampler)
     about = {"terms": "", "gain_db": 0.0, "stochastic": traits.stochastic, "runs": count,
-             "anchored": quantised and config is not None and config.anchors != 0}  # fmt: skip
+             "anchored": quantised and config is not None and config.anchors != 0 and _of_weights(config)}  # fmt: skip
     if not held:
         about["why"] = "the calibration had one run, so nothing could be tested; use 3 or more"
         return Fitted(about, as_extras(None, None, residuals), {})
@@ -268,6 +273,11 @@ def with_correction(job: Job, profile: Profile, growth: Sequence[float], progres
     return dataclasses.replace(
         profile, about=profile.about | {"correction": about}, extras=profile.extras | found.extras
     )
+
+
+def _of_weights(config: CompensatorConfig) -> bool:
+    """Whether its anchors take part in a fit: those of better weights do, at evaluations that are computed anyway."""
+    return config.reference not in (LARGE_MODEL, UNCACHED)
 
 
 def _has_better_weights(model) -> bool:

@@ -8,16 +8,17 @@ import logging
 import comfy.model_patcher
 import comfy.model_sampling
 import torch
-from comfy.patcher_extension import WrappersMP
+from comfy.patcher_extension import CallbacksMP, WrappersMP
 
 from ..engine.profile import Profile
 from . import blocks, events, profiles, sites, unet
 from .architectures import Architecture, architecture_of
 from .blocks import EACH, FEATURES, STACK, Blocks
-from .calls import PatchedForward
+from .calls import PatchedForward, own_forwards
 from .compensate import compensator_of
 from .conflicts import refuse_other_cache
 from .errors import SlipstreamError
+from .gauge import Gauge
 from .plan import (
     CacheConfig,
     CompensatorConfig,
@@ -38,6 +39,9 @@ log = logging.getLogger("slipstream")
 # patcher of its own.
 RECORDER, PROFILE, FIT = "slipstream_recorder", "slipstream_profile", "slipstream_fit"
 
+# Under which the host keeps the model's copies on further cards (MultiGPU CFG Split).
+CARDS = "multigpu"
+
 # What a plan without cache and predictor runs with: everything is computed and counted.
 _NO_CACHE = check_cache(CacheConfig(preset="Off"))
 
@@ -57,6 +61,8 @@ def with_plan(model, plan: Plan):
     clone.set_attachments(sites.KEY, plan)
     for key, forward in _patched_forwards(clone, plan).items():
         clone.add_object_patch(key, forward)
+    clone.remove_callbacks_with_key(CallbacksMP.ON_CLONE, sites.KEY)
+    clone.add_callback_with_key(CallbacksMP.ON_CLONE, sites.KEY, own_forwards)
     clone.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, sites.KEY)
     clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, sites.KEY, sample_with_plan)
     return clone
@@ -142,14 +148,15 @@ def sample_with_plan(executor, *args, **kwargs):
     guider.model_options = comfy.model_patcher.create_model_options_clone(original)
     network = _network(guider.model_patcher)
     sites.attach(run, guider, network)
+    gauge = Gauge(guider.model_patcher.load_device)
     try:
-        with sites.watching(run, network):
+        with gauge, sites.watching(run, network):
             result = executor(*args, **kwargs)
     except BaseException:
         log.info("Slipstream: stopped after %d evaluations", len(run.evaluations))
         raise
     else:
-        events.finished(run, run.report())
+        events.finished(run, run.report() | gauge.reading())
         return result
     finally:
         guider.model_options = original
@@ -189,5 +196,10 @@ def open_run(guider, args: tuple, kwargs: dict) -> Run:
     )
     if alone:
         run.note = "there is no Cache Loader, so every step is computed"
+    elif run.schedule is not None and run.schedule.probe is not None and patcher.get_additional_models_with_key(CARDS):
+        run.note = run.note or (
+            f"nothing is skipped: the {run.recipe.method} lets one prompt decide for all, and on several GPUs the "
+            "prompts are evaluated at the same time; choose the drift budget"
+        )
     run.compensator = compensator_of(plan, patcher, clock, traits, flow, profile, patcher.get_attachment(FIT))
     return run

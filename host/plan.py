@@ -61,7 +61,7 @@ class CompensatorConfig:
     strength: float = 1.0
     terms: str = "auto"
     node_id: str = ""
-    reference: str = "8-bit copy"
+    reference: str = "auto"
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +149,7 @@ def check_cache(config: CacheConfig) -> CacheConfig:
     for name in ("start_percent", "end_percent"):
         value = getattr(config, name)
         if not 0.0 <= value <= 1.0:
-            raise SlipstreamError(f"{node}: {name} is {value}, but it must be between 0 and 1.")
+            raise SlipstreamError(f"{node}: {name} is {value}, but it must be between 0 (start) and 1 (end).")
     if config.start_percent >= config.end_percent:
         raise SlipstreamError(
             f"{node}: start_percent {config.start_percent} is not before end_percent {config.end_percent}; "
@@ -183,7 +183,7 @@ def check_predictor(config: PredictorConfig) -> PredictorConfig:
     if config.kind not in KINDS:
         raise SlipstreamError(f"{node}: there is no kind '{config.kind}'; choose one of {', '.join(KINDS)}.")
     if config.order not in (-1, 0, 1, 2, 3):
-        raise SlipstreamError(f"{node}: order is {config.order}, but it must be -1 (automatic), 0, 1, 2 or 3.")
+        raise SlipstreamError(f"{node}: order is {config.order}, but it must be -1 (automatic), 0, 1, 2 or 3; try -1.")
     if not 0.1 <= config.scale <= 1.0:
         raise SlipstreamError(f"{node}: scale is {config.scale}, but it must be between 0.1 and 1; try 0.5.")
     return config
@@ -191,7 +191,10 @@ def check_predictor(config: PredictorConfig) -> PredictorConfig:
 
 # What is asked at an anchor: a copy of the quantised layers in 8 bit, made at the first one and kept in RAM, or the
 # layers that were quantised, which lie in RAM anyway where the model was quantised on the canvas.
-EIGHT_BIT, ORIGINAL = REFERENCES = ("8-bit copy", "original weights")
+# What anchors ask; `auto` is the 8-bit copy of a quantised model, and of a smaller one in a switched run the large one.
+AUTOMATIC, EIGHT_BIT, ORIGINAL, LARGE_MODEL, UNCACHED = REFERENCES = (
+    "auto", "8-bit copy", "original weights", "large model of a switch", "uncached model",
+)  # fmt: skip
 
 TERMS = ("auto", "off", *CORRECTORS)
 MOST_ANCHORS = 100

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-import re
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
 import folder_paths
 
+from ..engine.files import is_file_name
 from ..engine.profile import Profile, ProfileError
 from .errors import SlipstreamError
 
@@ -87,7 +87,7 @@ def _read(path: Path, changed: int) -> Profile:
 
 def file_name(name: str) -> str | None:
     """The file a profile of this name is written to; None for a name with a path, or nothing, in it."""
-    if not re.fullmatch(r"[\w][\w .+-]{0,120}", name):
+    if not is_file_name(name):
         return None
     return name if name.endswith(".safetensors") else f"{name}.safetensors"
 

@@ -74,7 +74,9 @@ def _built(state: dict[str, Tensor], file: str, options: dict):
     except (RuntimeError, KeyError, IndexError, TypeError, ValueError) as error:  # it builds what the names promise
         layer = re.search(r"size mismatch for ([\w.]+)", str(error))
         what = f"its layer {layer[1]} has a shape" if layer else "it has layers"
-        raise SlipstreamError(f"{NODE}: {file} cannot be loaded, {what} that the host cannot build.") from None
+        raise SlipstreamError(
+            f"{NODE}: {file} cannot be loaded, {what} that the host cannot build; choose a pruned SD1.5, SD2 or SDXL."
+        ) from None
     if model is None:
         raise SlipstreamError(
             f"{NODE}: {file} is of no kind that the host can build; pruned SD1.5, SD2 and SDXL can be loaded."

@@ -26,6 +26,7 @@ import folder_paths
 import torch
 from torch import Tensor
 
+from ..engine.files import is_file_name
 from ..quant.files import Writer, quantisation
 from ..quant.formats import FORMATS, ROTATED, QuantisedLinear, QuantisedSplit, packed_bytes
 from ..quant.layer import METHODS, quantise_group, with_spec
@@ -192,7 +193,7 @@ def target(name: str, node: str) -> tuple[str, Path]:
     """(name in the list, path) of a file to be written. Raises SlipstreamError for a name that leads out of the folder
     or is none."""
     parts = re.split(r"[/\\]", name)
-    if not all(re.fullmatch(r"\w[\w .+-]{0,120}", part) and not part.endswith((" ", ".")) for part in parts):
+    if not all(is_file_name(part) and not part.endswith((" ", ".")) for part in parts):
         raise SlipstreamError(
             f"{node}: '{name}' is no file name; use letters, digits, spaces, dots, dashes and underscores, and / for a "
             "subfolder."

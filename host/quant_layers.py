@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import time
 import uuid
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -89,12 +91,27 @@ class Quantised:
         self.layers, self.choices = dict(layers), dict(choices)
         self.saved, self.sqnr, self.how, self.check = saved, dict(sqnr or {}), how, check
         self.id = uuid.uuid4()
+        self._copies: weakref.WeakKeyDictionary[torch.nn.Module, Quantised] = weakref.WeakKeyDictionary()
         for layer in self.layers.values():
             layer.made = self
         share_inputs(self.layers, choices)
 
     def __deepcopy__(self, memo: dict) -> Quantised:
         return self  # a copy of one layer is not to copy them all
+
+    def own_layers(self, patcher, clone) -> None:
+        """ON_CLONE: a clone with another network, for another card, gets copies of the layers; once per network."""
+        if clone.model is patcher.model:
+            return
+        found = self._copies.get(clone.model)
+        if found is None:
+            with torch.inference_mode(False), torch.no_grad():
+                layers = {name: copy.deepcopy(layer).to(clone.offload_device) for name, layer in self.layers.items()}
+            found = self._copies[clone.model] = Quantised(
+                layers, self.choices, self.saved, self.sqnr, self.how, self.check
+            )
+        for name, layer in found.layers.items():
+            clone.object_patches[PREFIX + name] = layer
 
 
 def share_inputs(layers: Mapping[str, torch.nn.Module], choices: Mapping[str, Choice]) -> None:
@@ -140,6 +157,8 @@ def place(patcher, found: Quantised) -> None:
     patcher.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, KEY)
     patcher.remove_callbacks_with_key(CallbacksMP.ON_LOAD, KEY)
     patcher.add_callback_with_key(CallbacksMP.ON_LOAD, KEY, give_loras)
+    patcher.remove_callbacks_with_key(CallbacksMP.ON_CLONE, KEY)
+    patcher.add_callback_with_key(CallbacksMP.ON_CLONE, KEY, found.own_layers)
 
 
 def linears_of(model) -> dict[str, torch.nn.Module]:

@@ -163,7 +163,9 @@ def check_wish(wish: QuantWish) -> None:
     if not 0 <= wish.rank <= 128:
         raise SlipstreamError(f"{NODE}: rank is {wish.rank}, but it must be between 0 (no branch) and 128; try 32.")
     if not 0 <= wish.guard_db <= 100:
-        raise SlipstreamError(f"{NODE}: guard_db is {wish.guard_db}, but it must be between 0 (off) and 100; try 15.")
+        raise SlipstreamError(
+            f"{NODE}: quality_guard is {wish.guard_db}, but it must be between 0 (off) and 100; try 15."
+        )
     if not 1 <= wish.evaluations <= 1000:
         raise SlipstreamError(f"{NODE}: evaluations is {wish.evaluations}, but it must be between 1 and 1000; try 8.")
     if wish.gptq and wish.calibration != FIRST_RUN:
@@ -226,8 +228,11 @@ def _words(found: Quantised, size: int, before: int) -> str:
     layers, kept = found.layers, len(found.choices) - len(found.layers)
     rest = f", {kept} left as they were" if kept else ""
     ours = [layer for layer in layers.values() if isinstance(layer, W4A4Linear)]
-    ranks = {rank for layer in ours if (rank := layer.layer(lora=False).rank)}
-    branch = f"A 16-bit branch of rank {max(ranks)}" if ranks else "No branch"
+    made = [layer.layer(lora=False) for layer in ours]
+    ranks = {layer.rank for layer in made if layer.rank}
+    branch = f"a 16-bit branch of rank {max(ranks)}" if ranks else "no branch"
+    branch = f"inputs rotated, {branch}" if any(layer.rotation for layer in made) else branch
+    branch = branch[0].upper() + branch[1:]
     lines = [
         f"{_counted(list(layers.values()))}{rest}; {_bytes(size)} instead of {_bytes(before)}",
         f"{branch}, {found.how}" if found.how else branch,

@@ -77,12 +77,10 @@ class Recipe:
         what = self.kind if not self.predictor.order else f"{self.kind} {self.predictor.order}"
         if self.schedule is None:
             return ""
-        number = ""
-        if isinstance(self.schedule, DriftBudget):
-            number = f" {self.schedule.budget:g}"
-        elif isinstance(self.schedule, Interval):
-            number = f" {self.schedule.every:g}"
-        return f"{self.level}, {self.method}{number}, {what}"
+        numbers = (getattr(self.schedule, name, None) for name in ("budget", "every", "threshold"))
+        number = next((f" {value:g}" for value in numbers if value is not None), "")
+        depth = {DEPTH: f" {self.first}", STACK: f" from block {self.first}", FEATURES: f" from block {self.first}"}
+        return f"{self.level}{depth.get(self.level, '')}, {self.method}{number}, {what}"
 
 
 def level_of(

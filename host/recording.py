@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -55,12 +56,20 @@ class Job:
     def sample(self, model, run: int, callback: Callable | None = None) -> Tensor:
         """The final latent of one calibration run with this model."""
         positive, seed = self.runs[run]
-        samples = comfy.sample.fix_empty_latent_channels(model, self.latent["samples"])
+        samples = starting_latent(model, self.latent)
         noise = comfy.sample.prepare_noise(samples, seed, self.latent.get("batch_index"))
         return comfy.sample.sample_custom(
             model, noise, self.cfg, self.sampler, self.sigmas, positive, self.negative, samples,
             noise_mask=self.latent.get("noise_mask"), callback=callback, disable_pbar=True, seed=seed,
         )  # fmt: skip
+
+
+def starting_latent(model, latent: dict) -> Tensor:
+    """The samples of a LATENT as the host's sampler nodes start from them: an empty one is fitted to the model."""
+    fit = comfy.sample.fix_empty_latent_channels
+    known = inspect.signature(fit).parameters  # newer hosts are told how an empty latent was scaled down
+    told = {key: latent[key] for key in ("downscale_ratio_spacial", "downscale_ratio_temporal") if key in latent}
+    return fit(model, latent["samples"], **{key: value for key, value in told.items() if key in known})
 
 
 @dataclass(frozen=True, slots=True)

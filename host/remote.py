@@ -22,7 +22,7 @@ from torch import Tensor
 
 from . import remote_job as job
 from .errors import SlipstreamError
-from .remote_api import Gateway, Native, State, connect, patiently, pause
+from .remote_api import Gateway, Native, State, connect, patiently, pause, understood
 from .remote_http import NODE, Connection, NoAnswer, RemoteUnavailable, locate
 from .remote_job import Part, RemoteModel
 from .sampling import sampler_traits
@@ -86,7 +86,11 @@ class RemoteSegment:
         RemoteUnavailable where another place may do the work, SlipstreamError where the user must act, and the host's
         interruption after the job there was cancelled.
         """
-        return _Session(self, part, local, tell or (lambda text, share: None)).run(samples)
+        session = _Session(self, part, local, tell or (lambda text, share: None))
+        try:
+            return session.run(samples)
+        except SlipstreamError as error:  # what a server says may repeat the token; nothing else is shown of it
+            raise type(error)(session.connection.without_token(str(error))) from None
 
     def run(
         self, x: Tensor | None, sigmas: Tensor, *, local, positive: str, negative: str, cfg: float, sampler: str,
@@ -214,7 +218,7 @@ class _Session:
         sent, known = time.monotonic(), True
         self.submissions += 1 if job.SAVE in graph else 0
         try:
-            api.submit(graph, mark)
+            understood(lambda: api.submit(graph, mark), self.place)
         except NoAnswer:
             known = False  # whether it arrived is asked below; sending it again would run it twice
         wait = POLL
@@ -238,7 +242,7 @@ class _Session:
         """Cancel the job there, as well as it goes; the connection no longer listens for a cancel here."""
         self.connection.pulse = lambda: None
         with contextlib.suppress(NoAnswer, SlipstreamError):
-            api.cancel(mark)
+            understood(lambda: api.cancel(mark), self.place)
 
 
 @dataclass(frozen=True, slots=True)

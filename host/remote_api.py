@@ -46,7 +46,9 @@ def connect(connection: Connection) -> Native | Gateway:
         answer = connection.request("GET", "/api/v2/health")
         if answer.status == 200 and "status" in _quiet(answer):
             return Gateway(connection)
-    raise SlipstreamError(f"{NODE}: what answers at {connection.address.place} is not a ComfyUI server.")
+    raise SlipstreamError(
+        f"{NODE}: what answers at {connection.address.place} is not a ComfyUI server; check its address and port."
+    )
 
 
 def _quiet(answer) -> dict:
@@ -264,12 +266,20 @@ def rejected(connection: Connection, error, node_errors) -> str:
     return f"{NODE}: {connection.address.place} does not take the job: {connection.clean('; '.join(words[:2]))}"
 
 
+def understood(ask: Callable, place: str):
+    """ask(); RemoteUnavailable where the answer is JSON of a shape that no ComfyUI sends."""
+    try:
+        return ask()
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise RemoteUnavailable(f"{NODE}: {place} answered in a form that no ComfyUI uses.") from error
+
+
 def patiently(ask: Callable, seconds: float, pulse: Callable[[], None], place: str, wait: float = 0.3):
     """ask() until it answers; RemoteUnavailable when nothing came for so many seconds. For what may be asked twice."""
     since = time.monotonic()
     while True:
         try:
-            return ask()
+            return understood(ask, place)
         except NoAnswer as error:
             if time.monotonic() - since >= seconds:
                 raise RemoteUnavailable(f"{NODE}: {place} does not answer ({error}).") from None

@@ -144,7 +144,7 @@ def _settings() -> dict[str, dict]:
         good = all(isinstance(e["address"], str) and isinstance(e.get("token", ""), str) for e in servers.values())
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         good = False
     if not good:  # the content is not quoted: it holds tokens
         raise SlipstreamError(
@@ -157,7 +157,9 @@ def _settings() -> dict[str, dict]:
 def _checked(token: str) -> str:
     token = token.strip()
     if not all("!" <= c <= "~" for c in token):  # otherwise the HTTP library would quote it in its complaint
-        raise SlipstreamError(f"{NODE}: the token has a space or another character in it that no header can carry.")
+        raise SlipstreamError(
+            f"{NODE}: the token has a space or another character in it that no header can carry; copy it again."
+        )
     return token
 
 
@@ -179,7 +181,7 @@ class Answer:
     def json(self) -> dict:
         try:
             found = json.loads(self.body)
-        except ValueError:
+        except (ValueError, RecursionError):
             found = None
         if not isinstance(found, dict):
             raise NoAnswer("answered with something that is not a JSON object")
@@ -237,9 +239,14 @@ class Connection:
 
     def clean(self, text: str) -> str:
         """The server's words without the token, which it may repeat, on one line."""
-        if self.address.token:
-            text = text.replace(self.address.token, "***")
-        return " ".join(text.split())[:400]
+        return " ".join(self.without_token(text).split())[:400]
+
+    def without_token(self, text: str) -> str:
+        """The text with stars where the token was, as it is or as it is written in an address."""
+        token = self.address.token
+        for form in {token, urllib.parse.quote(token, ""), urllib.parse.quote(token)} - {""}:
+            text = text.replace(form, "***")
+        return text
 
     def _pieces(self, body: bytes) -> Iterator[bytes]:
         for start in range(0, len(body), CHUNK):
@@ -254,7 +261,7 @@ class Connection:
             size += len(piece)
             if size > limit:
                 raise RemoteUnavailable(f"{NODE}: {self.address.place} sent more than {limit} bytes; nothing was kept.")
-        if announced is not None and int(announced) != size:
+        if announced is not None and announced.strip() != str(size):
             raise NoAnswer(f"{size} of {announced} bytes came")
         return b"".join(parts)
 

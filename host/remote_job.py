@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import re
+import string
 from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -39,6 +40,9 @@ TEXT_LOADERS = {
     4: ("QuadrupleCLIPLoader", ("clip_name1", "clip_name2", "clip_name3", "clip_name4")),
 }
 TYPED = ("CLIPLoader", "DualCLIPLoader")
+
+# Between a LoRA's name and its strength, and how many digits that may have.
+SEPARATORS, LONGEST_NUMBER = string.whitespace + ":=", 40
 
 # Longest whole schedule that is tried to find a list of sigmas in; below half a second if none fits.
 SEARCH_STEPS = 100
@@ -100,8 +104,12 @@ def parse_loras(text: str) -> tuple[tuple[str, float], ...]:
     """One `file strength` per line or between commas; without a number the strength is 1."""
     found = []
     for line in parse_files(text):
-        name, number = re.fullmatch(r"(.*?)(?:[\s:=]+([-+]?\d*\.?\d+))?", line).groups()
-        found.append((name, float(number) if number else 1.0))
+        # by hand: one expression for all of it takes hours for a hostile line
+        number = re.split(r"[\s:=]", line)[-1]
+        if number != line and len(number) <= LONGEST_NUMBER and re.fullmatch(r"[-+]?\d*\.?\d+", number):
+            found.append((line[: -len(number)].rstrip(SEPARATORS), float(number)))
+        else:
+            found.append((line, 1.0))
     return tuple(found)
 
 

@@ -1,11 +1,13 @@
-"""The Speed & Quality Report: numbers, a picture card and a JSON file for one pair of results."""
+"""The Speed & Quality Report: an accelerated result beside the plain one of the same seed, and beside two floors.
+
+The floors say what the numbers are worth. Fewer plain steps of the same cost are what anybody has without this pack;
+another seed is a picture that is as good but not the same one.
+"""
 
 from __future__ import annotations
 
-import io
 import json
 import math
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,12 +17,38 @@ from torch import Tensor
 
 from ..engine.files import write_whole
 from ..engine.metrics import psnr, relative_error, ssim
-from . import events
 from .errors import SlipstreamError
-from .patcher import plan_of
+from .recording import starting_latent
+from .report_card import COLOURS, OTHER, REMOTE, SMALL, WORDS, Tile, as_image, draw, marks
+from .report_runs import (
+    NODE,
+    Plain,
+    Sampling,
+    Taken,
+    check_same,
+    equal_cost,
+    fewer_sigmas,
+    last_run,
+    of_run,
+    plain_of,
+    weights,
+)
 from .segments import segments_of
 
-NODE = "Speed & Quality Report"
+__all__ = ["COLOURS", "FLOORS", "OTHER", "Saved", "as_image", "draw", "last_run", "make_report", "marks", "verdict"]
+
+AUTO, NONE, FEWER, BOTH = FLOORS = ("auto", "none", "fewer steps", "fewer steps and another seed")
+
+SEED = "another seed"
+
+# Two PSNRs nearer than this say the same.
+EQUAL_DB = 0.5
+# A result this near to another seed's distance is not the picture that was asked for.
+FOREIGN_DB = 3.0
+# Two times of the same work that differ by more than this are told.
+NOISE = 0.15
+# A model of other weights than the plain one, from this relative difference in bytes on.
+OTHER_WEIGHTS = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,75 +59,280 @@ class Saved:
     subfolder: str
 
 
+@dataclass(frozen=True, slots=True)
+class Given:
+    """What is connected to the node. Each may be None; `sampling` is what it needs to sample by itself."""
+
+    samples: dict | None = None
+    reference: dict | None = None
+    model: object | None = None
+    reference_model: object | None = None
+    vae: object | None = None
+    sampling: Sampling | None = None
+    floors: str = AUTO
+
+
+def make_report(given: Given, prefix: str) -> tuple[Tensor, str, Saved, str]:
+    """Return (card [1, H, W, 3] in [0, 1], JSON text, where the card lies, the verdict); card and JSON are also saved.
+
+    What is not connected is sampled. Raises SlipstreamError, and the host's own exception when the user cancels;
+    nothing is written then.
+    """
+    check(given)
+    sampling = given.sampling
+    remarks: list[str] = []
+    run = None if given.model is None else last_run(given.model)
+    if given.samples is None:
+        fast = sampling.accelerated(given.model)
+    else:
+        fast = of_run("accelerated", given.samples, run)
+        if sampling is not None:
+            check_same(run, sampling)
+    off = plain_of(given.reference_model or given.model) if sampling is not None else None
+    if given.reference is None:
+        _check_size(fast, sampling, off)
+        plain = sampling.plain(off)
+        remarks += [off.what] if off.what else []
+    else:
+        source = given.reference_model
+        plain = of_run("plain", given.reference, None if source is None else last_run(source))
+    _check_shapes(fast, plain, given)
+    others = [] if sampling is None else _floors(given, fast, plain, off, remarks)
+    rows, tiles = _compared([fast, plain, *others], given.vae)
+    numbers = _numbers(given, fast, plain, rows, remarks)
+    text = json.dumps(_finite(numbers), indent=1)
+    return *_save(numbers, tiles, text, prefix), numbers["verdict"]
+
+
+def check(given: Given) -> None:
+    """Raise SlipstreamError where something is missing."""
+    if given.floors not in FLOORS:
+        raise SlipstreamError(f"{NODE}: there is no floor '{given.floors}'; choose one of {', '.join(FLOORS)}.")
+    need = "positive, sampler, sigmas and latent_image"
+    for name, value in (("samples", given.samples), ("reference", given.reference)):
+        if value is not None and getattr(value["samples"], "is_nested", False):
+            raise SlipstreamError(
+                f"{NODE}: {name} is a latent of several tensors (picture with sound); connect one of its parts."
+            )
+        if value is None and given.sampling is None:
+            raise SlipstreamError(f"{NODE}: {name} is not connected; connect it, or {need}, and it is sampled here.")
+    if given.sampling is None:
+        if given.floors in (FEWER, BOTH):
+            raise SlipstreamError(f"{NODE}: for '{given.floors}' connect {need}, or set floors to none.")
+        return
+    if given.sampling.steps < 1:
+        raise SlipstreamError(f"{NODE}: the sigmas have no step; connect a scheduler with 1 step or more.")
+    if given.model is None and (given.samples is None or given.reference_model is None):
+        raise SlipstreamError(
+            f"{NODE}: connect model, the MODEL of the accelerated sampler, so that it is sampled here."
+        )
+    if getattr(given.sampling.latent["samples"], "is_nested", False):
+        raise SlipstreamError(f"{NODE}: a latent_image of several tensors (picture with sound) cannot be compared.")
+
+
+def _check_size(fast: Taken, sampling: Sampling, off: Plain) -> None:
+    """Before minutes are spent: the plain run would give another shape than the samples have."""
+    would, have = list(starting_latent(off.model, sampling.latent).shape), list(fast.latent["samples"].shape)
+    if would != have:
+        raise SlipstreamError(
+            f"{NODE}: samples are {have} but latent_image gives {would}; connect the latent_image of the sampler that "
+            "made the samples."
+        )
+
+
+def _check_shapes(fast: Taken, plain: Taken, given: Given) -> None:
+    value, truth = fast.latent["samples"], plain.latent["samples"]
+    if value.shape != truth.shape:
+        raise SlipstreamError(
+            f"{NODE}: samples are {list(value.shape)} but reference is {list(truth.shape)}; "
+            "sample both at the same size, batch and length."
+        )
+
+
+# -- the floors ------------------------------------------------------------------------------------------------------
+
+
+def _floors(given: Given, fast: Taken, plain: Taken, off: Plain, remarks: list[str]) -> list[Taken]:
+    """The floors that were asked for and can be had; why one cannot goes into the remarks."""
+    found, sampling = [], given.sampling
+    if given.floors == NONE or not _is_finite(fast.latent) or not _is_finite(plain.latent):
+        return found
+    count = equal_cost(fast, plain, _by_time(given, off), sampling.steps)
+    if count is None:
+        remarks.append("what the accelerated run cost is not known, so there are no fewer steps of the same cost")
+    elif count >= sampling.steps:
+        remarks.append("the accelerated run cost as much as the plain one, so fewer steps are not compared")
+    else:
+        sigmas, scheduler = fewer_sigmas(off.model, sampling.sigmas, count)
+        name = f"{count} plain {'step' if count == 1 else 'steps'}"
+        found.append(sampling.plain(off, name, sigmas=sigmas))
+        if scheduler == "interpolated":
+            remarks.append("the sigmas of the fewer steps are interpolated from those given")
+    if given.floors != FEWER:
+        found.append(sampling.plain(off, SEED, seed=(sampling.seed + 1) % 2**64))
+    return found
+
+
+def _by_time(given: Given, off: Plain) -> bool:
+    """Whether an evaluation of the accelerated run is another thing than one of the plain run."""
+    if given.model is None:
+        return False
+    if len(segments_of(given.model)) > 1:
+        return True
+    sizes = weights(given.model) or {"accelerated": given.model.model_size(), "plain": off.model.model_size()}
+    return abs(sizes["accelerated"] - sizes["plain"]) > OTHER_WEIGHTS * sizes["plain"]
+
+
+def _is_finite(latent: dict) -> bool:
+    return bool(torch.isfinite(latent["samples"]).all())
+
+
+# -- numbers ---------------------------------------------------------------------------------------------------------
+
+
 def compare(value: Tensor, reference: Tensor) -> dict:
     """Error of one latent [B, ...] against the other: PSNR over the reference's range (mean of rows), relative L2."""
     rows = [psnr(v, r) for v, r in zip(value, reference, strict=True)]
     return {"latent_psnr_db": _mean(rows), "latent_relative_error": relative_error(value, reference)}
 
 
-def make_report(samples: dict, reference: dict, model, reference_model, vae, prefix: str) -> tuple[Tensor, str, Saved]:
-    """Return (card [1, H, W, 3] in [0, 1], JSON text, where the card lies); card and JSON are also saved.
+def _compared(results: list[Taken], vae) -> tuple[list[dict], list[Tile]]:
+    """A row of numbers for each result against the second, the plain one, and the pictures for the card.
 
-    samples, reference: the host's LATENT dicts of one shape. Raises SlipstreamError when the shapes differ.
+    Of a batch or a video the card shows the picture in which the first result is farthest from the plain one.
     """
-    value, truth = samples["samples"], reference["samples"]
-    if value.shape != truth.shape:
-        raise SlipstreamError(
-            f"{NODE}: samples are {list(value.shape)} but reference is {list(truth.shape)}; "
-            "sample both at the same size, batch and length."
+    truth = results[1].latent["samples"]
+    plain = None if vae is None else _pictures(vae.decode(truth))
+    rows, tiles, shown = [], [], 0
+    for result in results:
+        value = result.latent["samples"].to(truth)
+        row = _row(result) | compare(value, truth)
+        if plain is not None:
+            pictures = plain if result is results[1] else _pictures(vae.decode(value))
+            each = [psnr(p, t, 1.0) for p, t in zip(pictures, plain, strict=True)]
+            row |= {"picture_psnr_db": _mean(each), "picture_ssim": ssim(pictures, plain)}
+            if result is results[0]:
+                shown = min(range(len(each)), key=lambda i: (not math.isnan(each[i]), each[i]))
+                row |= {"picture_psnr_min_db": each[shown], "picture_shown": shown, "pictures": len(each)}
+            tiles.append(Tile(result.name, pictures[shown].numpy()))
+        rows.append(row)
+    return rows, tiles
+
+
+def _row(result: Taken) -> dict:
+    return {
+        "name": result.name,
+        "steps": result.steps,
+        "evaluations": result.evaluations,
+        "seconds": result.seconds,
+        "seconds_only_once": None if result.seconds is None else result.once,
+        "peak_memory_bytes": result.peak_memory_bytes,
+        "peak_memory_of": result.peak_memory_of,
+    }
+
+
+def _numbers(given: Given, fast: Taken, plain: Taken, rows: list[dict], remarks: list[str]) -> dict:
+    first = rows[0]
+    speed_up = fast.steady and plain.steady and plain.steady / fast.steady
+    for row, result in zip(rows[:2], (fast, plain), strict=True):
+        if result.once > 0.2 * (result.steady or math.inf):
+            remarks.append(
+                f"{row['name']}: {result.once:.2f} s of its first evaluation are not counted (done only once)"
+            )
+    remarks += _noise(plain, rows)
+    what = None if given.model is None else type(given.model.model).__name__
+    run = fast.run
+    return {
+        **{key: first[key] for key in ("latent_psnr_db", "latent_relative_error")},
+        **{key: first[key] for key in first if key.startswith("picture")},
+        "run": run,
+        "reference_run": plain.run,
+        "speed_up": speed_up or None,
+        "drift_mean": run and run["drift_mean"],
+        "drift_max": run and run["drift_max"],
+        "model": what,
+        "seed": None if given.sampling is None else given.sampling.seed,
+        "weights_bytes": None if given.model is None else weights(given.model),
+        "rows": rows,
+        "remarks": remarks,
+        "verdict": verdict(rows, run, speed_up or None),
+    }
+
+
+def _noise(plain: Taken, rows: list[dict]) -> list[str]:
+    """Another seed does the same work as the plain run, so the two times show how far times can be trusted."""
+    again = next((row for row in rows[2:] if row["name"] == SEED), None)
+    if again is None or not plain.steady:
+        return []
+    seconds = again["seconds"] - again["seconds_only_once"]
+    if abs(seconds / plain.steady - 1) <= NOISE:
+        return []
+    return [f"times are rough: the plain run took {plain.steady:.2f} s, and {seconds:.2f} s with another seed"]
+
+
+def verdict(rows: list[dict], run: dict | None, speed_up: float | None) -> str:
+    """One sentence an artist can act on. rows: accelerated, plain, and the floors."""
+    what = "picture" if "picture_psnr_db" in rows[0] else "latent"
+    key = f"{what}_psnr_db"
+    error = rows[0][key]
+    if math.isnan(rows[0]["latent_psnr_db"]):
+        return (
+            "There is nothing to compare: one of the results holds values that are no numbers (NaN), which a model in "
+            "16 bit gives when it overflows; try the preset Off or another precision."
         )
-    numbers = compare(value, truth)
-    pictures = None
-    if vae is not None:
-        pictures = [_pictures(vae.decode(t)) for t in (truth, value)]
-        numbers["picture_psnr_db"] = _mean([psnr(v, r, 1.0) for r, v in zip(*pictures, strict=True)])
-        numbers["picture_ssim"] = ssim(pictures[1], pictures[0])
-    for name, source in (("run", model), ("reference_run", reference_model)):
-        numbers[name] = None if source is None else last_run(source)
-    numbers["speed_up"] = _speed_up(numbers["run"], numbers["reference_run"])
-    numbers["verdict"] = verdict(numbers)
-    text = json.dumps(_finite(numbers), indent=1)
-    return _save(numbers, pictures, text, prefix)
+    nothing = f" ({run['note']})" if run and not run["filled"] and run["note"] and not run.get("segments") else ""
+    if math.isinf(error) and error > 0:
+        return f"Identical to the plain result{nothing}."
+    seed = next((row for row in rows[2:] if row["name"] == SEED), None)
+    fewer = next((row for row in rows[2:] if row["name"] != SEED), None)
+    parts = [_speed(run, speed_up, fewer is not None) + nothing]
+    if seed is not None and error < seed[key] + FOREIGN_DB:
+        far = f"no nearer to the plain {what} ({error:.1f} dB) than another seed ({seed[key]:.1f} dB)"
+        parts.append(f"{far}: see that seed, prompts and latent are those of the samples, or skip less")
+    elif fewer is not None:
+        parts.append(_beside(error, fewer, key, what))
+    else:
+        ending = "hard to tell apart" if error >= 40 else "small differences" if error >= 30 else "visibly different"
+        parts.append(f"{error:.1f} dB between the two {what}s, {ending}")
+    if seed is not None and error >= seed[key] + FOREIGN_DB:
+        parts.append(f"another seed would be {seed[key]:.0f} dB away")
+    sentence = "; ".join(part for part in parts if part)
+    return f"{sentence[0].upper()}{sentence[1:]}."
 
 
-@dataclass(frozen=True, slots=True)
-class _Nodes:
-    node_ids: tuple[str, ...]
+def _beside(error: float, fewer: dict, key: str, what: str) -> str:
+    same = f"{fewer['name']} of the same cost ({fewer[key]:.1f} dB)"
+    if abs(error - fewer[key]) <= EQUAL_DB:
+        return f"as near to the plain {what} ({error:.1f} dB) as {same}, so fewer steps do as well"
+    if error > fewer[key]:
+        return f"nearer to the plain {what} ({error:.1f} dB) than {same}"
+    return f"farther from the plain {what} ({error:.1f} dB) than {same}, so fewer steps do better"
 
 
-def last_run(model) -> dict | None:
-    """The report of this MODEL's last run; of one with a switch the switch's, which knows of all its models."""
-    switches = (segment.node_id for segment in segments_of(model) if segment.node_id)
-    return events.last_report(_Nodes((*plan_of(model).node_ids, *switches)))
-
-
-def verdict(numbers: dict) -> str:
-    """One sentence an artist can act on."""
-    error = numbers.get("picture_psnr_db", numbers["latent_psnr_db"])
-    if math.isinf(error):
-        return "Identical to the plain result."
-    run = numbers["run"]
-    what = "pictures" if "picture_psnr_db" in numbers else "latents"
-    parts = [f"{error:.1f} dB between the two {what}"]
+def _speed(run: dict | None, speed_up: float | None, beside: bool) -> str:
+    """How fast it was, and who did what; empty where nothing is known. beside: fewer steps tell what was computed."""
+    parts = []
+    if speed_up is not None:
+        if 0.95 <= speed_up <= 1.05:
+            parts.append("as fast as the plain run")
+        else:
+            parts.append(
+                f"{speed_up:.2g} times as fast" if speed_up > 1 else f"slower, {1 / speed_up:.2g} times the time"
+            )
     if run is not None:
         elsewhere = {m: n for m, n in marks(run).items() if m in (SMALL, REMOTE)}
         if elsewhere:
             parts += [f"{n} of {run['evaluations']} evaluations {WORDS[m]}" for m, n in elsewhere.items()]
-        else:
+        elif not beside and (speed_up is None or run["filled"]):
             worth = run.get("computed_share", run["computed"])
             parts.append(f"{worth:.4g} of {run['evaluations']} evaluations computed")
-    if numbers["speed_up"] is not None:
-        parts.append(f"{numbers['speed_up']:.2f} times as fast")
-    ending = "hard to tell apart" if error >= 40 else "small differences" if error >= 30 else "visibly different"
-    return f"{', '.join(parts)}: {ending}."
-
-
-def _speed_up(run: dict | None, plain: dict | None) -> float | None:
-    return plain["seconds"] / run["seconds"] if run and plain and run["seconds"] else None
+    return ", ".join(parts)
 
 
 def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
+    """The mean of PSNRs; of a batch in which some pictures are identical that of the others."""
+    finite = [v for v in values if v != math.inf]
+    return sum(finite) / len(finite) if finite else math.inf
 
 
 def _pictures(decoded: Tensor) -> Tensor:
@@ -116,93 +349,22 @@ def _finite(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _save(numbers: dict, pictures, text: str, prefix: str) -> tuple[Tensor, str, Saved]:
-    folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(prefix, folder_paths.get_output_directory())
-    stem = f"{name}_{counter:05}_"
-    card = draw(numbers, pictures)
-    write_whole(Path(folder, stem + ".png"), card)
-    write_whole(Path(folder, stem + ".json"), text.encode())
+def _save(numbers: dict, tiles: list[Tile], text: str, prefix: str) -> tuple[Tensor, str, Saved]:
+    card = draw(numbers, tiles)
+    output = folder_paths.get_output_directory()
+    try:
+        folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(prefix, output)
+        stem = f"{name}_{counter:05}_"
+        written = Path(folder, stem + ".json")
+        write_whole(written, text.encode())
+    except Exception as error:  # the host refuses a path out of its folder with the bare class
+        why = getattr(error, "strerror", None) or "it is no name below the output folder"
+        raise SlipstreamError(
+            f"{NODE}: the report cannot be written as '{prefix[:60]}' ({why}); choose another filename_prefix."
+        ) from error
+    try:
+        write_whole(Path(folder, stem + ".png"), card)
+    except BaseException:
+        written.unlink(missing_ok=True)
+        raise
     return as_image(card), text, Saved(stem + ".png", subfolder)
-
-
-def as_image(png: bytes) -> Tensor:
-    """A PNG file's content as the host's IMAGE, [1, H, W, 3] in [0, 1]."""
-    import numpy as np
-    from PIL import Image
-
-    with Image.open(io.BytesIO(png)) as picture:
-        pixels = np.asarray(picture.convert("RGB"), dtype=np.float32) / 255.0
-    return torch.from_numpy(pixels)[None]
-
-
-def draw(numbers: dict, pictures: list[Tensor] | None) -> bytes:
-    """The card as PNG bytes: both pictures and their difference where a VAE was given, the strip of evaluations, the
-    drift curve, and the verdict."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    run = numbers["run"]
-    figure = Figure(figsize=(9, (3.4 if pictures else 0) + (2.4 if run else 0) + 1.0), layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.suptitle(numbers["verdict"], fontsize=11)
-    parts = figure.subfigures(2 if pictures and run else 1, 1, squeeze=False)[:, 0]
-    if pictures:
-        _draw_pictures(parts[0], pictures)
-    if run:
-        _draw_run(parts[-1], run)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=100)
-    return buffer.getvalue()
-
-
-def _draw_pictures(figure, pictures: list[Tensor]) -> None:
-    plain, fast = (p[0].numpy() for p in pictures)
-    shown = (("plain", plain), ("accelerated", fast), ("difference x 4", (abs(plain - fast) * 4).clip(0, 1)))
-    for axes, (title, picture) in zip(figure.subplots(1, 3), shown, strict=True):
-        axes.imshow(picture, interpolation="nearest")
-        axes.set_title(title, fontsize=9)
-        axes.axis("off")
-
-
-SMALL, REMOTE, ANCHOR = "small model", "remote", "anchor"
-WORDS = {SMALL: "by a small model", REMOTE: "on another server"}
-
-# Colours that colour-blind readers tell apart (Okabe and Ito; Tableau), one per thing that can become of an evaluation.
-COLOURS = {
-    "computed": "#0072B2", "forecast": "#E69F00", "reused": "#56B4E9", ANCHOR: "#009E73", REMOTE: "#D55E00",
-    SMALL: "#B07AA1",
-}  # fmt: skip
-OTHER = "#999999"
-
-
-def marks(run: dict) -> dict[str, int]:
-    """How often each thing became of an evaluation, in the order of the colours."""
-    seen = Counter(_mark(e) for e in run["trace"])
-    return {mark: seen[mark] for mark in sorted(seen, key=[*COLOURS, *seen].index)}
-
-
-def _mark(evaluation: dict) -> str:
-    return ANCHOR if evaluation.get("anchor") else evaluation["action"]
-
-
-def _draw_run(figure, run: dict) -> None:
-    axes = figure.subplots()
-    seen = [(e["index"], 100 * e["drift"]) for e in run["trace"] if e["drift"] is not None]
-    for e in run["trace"]:
-        colour = COLOURS.get(_mark(e), OTHER)
-        axes.axvspan(e["index"] - 0.5, e["index"] + 0.5, ymax=0.12 if seen else 0.5, color=colour, lw=0)
-    axes.set_xlim(-0.5, max(0.5, len(run["trace"]) - 0.5))
-    counts = marks(run)
-    said = f"computed {run['computed']}, filled {run['filled']}"
-    if SMALL in counts or REMOTE in counts:
-        said = ", ".join(f"{mark} {n}" for mark, n in counts.items())
-    axes.set_xlabel(f"evaluation: {said} ({run['seconds']:.2f} s)", fontsize=9)
-    if seen:
-        axes.plot(*zip(*seen, strict=True), marker="o", ms=3, color="#333333", lw=1)
-        axes.set_ylabel("drift measured, %", fontsize=9)
-        axes.set_ylim(bottom=0)
-    else:
-        axes.set_yticks([])
-    for mark in counts:
-        axes.plot([], [], lw=6, color=COLOURS.get(mark, OTHER), label=mark)
-    axes.legend(fontsize=8, ncols=max(1, len(counts)), loc="upper center")

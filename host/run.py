@@ -284,31 +284,39 @@ class Run:
         now = self.current
         if self.schedule is not None and self.schedule.probe is not None:
             self._gate(keys, probes)
-        if not now.fill or now.action == "computed" or not all(len(self.streams.get(k, ())) for k in keys):
+        histories = self._histories(keys)
+        if not now.fill or now.action == "computed" or histories is None:
             return None
         filled = []
-        for i, key in enumerate(keys):
-            parts, order = self._forecast(key, now.u, probes[i] if probes is not None else None)
+        for i, (key, history) in enumerate(zip(keys, histories, strict=True)):
+            parts, order = self._forecast(key, history, now.u, probes[i] if probes is not None else None)
             filled.append(parts)
             self._orders.append(order)
         return filled
 
+    def _histories(self, keys: list[StreamKey]) -> list[History] | None:
+        """What is stored of these streams, None where one has nothing; another thread may drop them all meanwhile."""
+        found = [self.streams.get(key) for key in keys]
+        return found if all(found) else None
+
     def forecast_at(self, keys: list[StreamKey], u: float) -> list[Parts] | None:
         """The forecasts for another time than now, where this evaluation may be filled; None where it may not."""
-        if not self.current.fill or not all(len(self.streams.get(k, ())) for k in keys):
+        histories = self._histories(keys)
+        if not self.current.fill or histories is None:
             return None
-        return [self.streams[key].forecast(u, self.predictor)[0] for key in keys]
+        return [history.forecast(u, self.predictor)[0] for history in histories]
 
     def mark_filled(self, keys: list[StreamKey]) -> bool:
         """Count these streams as filled by an output that was made in advance; False where they must be computed."""
         now = self.current
-        if not now.fill or now.action == "computed" or not all(len(self.streams.get(k, ())) for k in keys):
+        histories = self._histories(keys)
+        if not now.fill or now.action == "computed" or histories is None:
             return False
-        self._orders += [self.predictor.weights(self.streams[key].times, now.u)[1] for key in keys]
+        self._orders += [self.predictor.weights(history.times, now.u)[1] for history in histories]
         return True
 
-    def _forecast(self, key: StreamKey, u: float, probe: Parts | None) -> tuple[Parts, int]:
-        history, seen = self.streams[key], self.probes.get(key)
+    def _forecast(self, key: StreamKey, history: History, u: float, probe: Parts | None) -> tuple[Parts, int]:
+        seen = self.probes.get(key)
         if not self.predictor.per_token or probe is None or seen is None or seen.times != history.times:
             return history.forecast(u, self.predictor)
         rows = candidates(history.times, u)
@@ -361,8 +369,9 @@ class Run:
         now.action = "computed"
         self._kept = True
         if self.recorder is not None:
-            for key, parts in zip(keys, chunks, strict=True):
-                self.recorder.push(now.u, key, parts, self._x)
+            with self._lock:
+                for key, parts in zip(keys, chunks, strict=True):
+                    self.recorder.push(now.u, key, parts, self._x)
         if self.schedule is None or self.note:
             return
         with self._lock:

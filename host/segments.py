@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 from comfy.patcher_extension import WrappersMP
+from torch import Tensor
 
 from ..engine.coordinates import FLOW, Coordinates, level_in
 from .errors import SlipstreamError
@@ -111,6 +113,33 @@ class Span:
     segment: Segment
     first: int
     last: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Larger:
+    """The largest model of a run, for an evaluation by a smaller one.
+
+    ask: its prediction of the clean latent in the place of the one that is being made; nbytes: of its weights, which
+    have to be on the device for that; why_not: why it cannot be asked here, empty where it can.
+    """
+
+    name: str
+    nbytes: int
+    ask: Callable[[], Tensor]
+    why_not: str = ""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Turn:
+    """Whose turn it is in a run of several models: the steps [first, last) are this model's."""
+
+    first: int
+    last: int
+    larger: Larger | None = None
+
+
+# Of the evaluation that is being made; None in a run of one model.
+TURN: ContextVar[Turn | None] = ContextVar("slipstream_turn", default=None)
 
 
 def rising(sigmas: Sequence[float]) -> bool:

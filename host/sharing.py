@@ -125,7 +125,7 @@ async def post_profile(request: web.Request) -> web.Response:
         return web.json_response({"name": restore(body.get("name"), body.get("data"))})
     except SlipstreamError as error:
         return web.json_response({"error": str(error)}, status=400)
-    except (ValueError, RecursionError):
+    except (ValueError, RecursionError, LookupError):
         return web.json_response({"error": "Cache Loader: what was sent is no JSON with name and data."}, status=400)
 
 

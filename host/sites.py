@@ -50,6 +50,8 @@ def attach(run, guider, network) -> None:
             wrappers[WrappersMP.DIFFUSION_MODEL] = lambda executor, *a, **k: _unet(executor, a, k)
         if run.recipe.level == ENCODER and run.cache.prior_noise:
             wrappers[WrappersMP.SAMPLER_SAMPLE] = lambda executor, *a, **k: inject_prior_noise(run, executor, a, k)
+    if run.compensator is not None:
+        wrappers[WrappersMP.APPLY_MODEL] = run.compensator.within(wrappers[WrappersMP.APPLY_MODEL])
     for kind, wrapper in wrappers.items():
         add_wrapper_with_key(kind, KEY, wrapper, guider.model_options, is_model_options=True)
 
@@ -181,9 +183,9 @@ def _apply_model(run, executor, args, kwargs):
     x, sigma, options = args[0], args[1], transformer_options(args, kwargs)
     if run.level is None:
         denoised = executor(*args, **kwargs)
-        if run.level is not None:
+        if run.level == NETWORK:
             return denoised
-        run.level = SLOPE
+        run.level = SLOPE  # a call on another card, in its own thread, may have found the same
         keys = None if options is None else run.keys(options, x)
     else:
         keys = None if options is None else run.keys(options, x)

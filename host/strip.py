@@ -30,6 +30,7 @@ KEPT_CELLS = 4096
 # Runs of one prompt on one node (two samplers share a Cache Loader, a detailer runs one per face).
 KEPT_RUNS = 8
 KEPT_PAGES = 64
+LONGEST_NAME = 200  # of a page; the host gives it 32 characters
 
 
 @dataclass(slots=True, eq=False)
@@ -69,7 +70,7 @@ class Strips:
             strip = self._open.get(run) or self._start(server, run)
             if len(strip.cells) >= KEPT_CELLS:
                 return
-            changed = len(strip.cells)
+            late, changed = _late(strip, run), len(strip.cells)
             # A computed evaluation shows how far off those filled before it were.
             for earlier in reversed(run.evaluations[:changed] if now.drift is not None else ()):
                 if earlier.action == "computed" or earlier.drift is None:
@@ -81,7 +82,7 @@ class Strips:
                 "cache_bytes": getattr(run, "peak_bytes", 0),
                 "words": getattr(run, "note", "") or getattr(getattr(run, "recipe", None), "chose", ""),
             }
-            strip.sent = min(strip.sent, changed)
+            strip.sent = min(strip.sent, changed, late)
             if strip not in self._waiting:
                 self._waiting.append(strip)
             wake, self._ticking = not self._ticking, True
@@ -92,6 +93,10 @@ class Strips:
         """Send what is left of the run and how it ended, and keep both."""
         with self._lock:
             strip = self._open.get(run) or self._start(server, run)
+            late = _late(strip, run)
+            if late < len(strip.cells):
+                strip.sent = min(strip.sent, late)
+                self._waiting += [strip] if strip not in self._waiting else []
             self._send(server)
             strip.end = {"finished": True, **end}
             server.send_sync(FINISHED, {**strip.head, **strip.end}, strip.client)
@@ -110,7 +115,7 @@ class Strips:
 
     def open_page(self, client: object) -> None:
         """Remember a page that has strips."""
-        if isinstance(client, str) and client:
+        if isinstance(client, str) and 0 < len(client) <= LONGEST_NAME:
             self._pages[client] = None
             self._pages.move_to_end(client)
             while len(self._pages) > KEPT_PAGES:
@@ -174,7 +179,7 @@ def register(server) -> None:
         """POST /slipstream/strips with {"client", "workflow"}: {"runs"} of the workflow's nodes, oldest first."""
         try:
             body = await request.json()
-        except (ValueError, RecursionError):
+        except (ValueError, RecursionError, LookupError):
             body = None
         if not isinstance(body, dict):
             return web.json_response({"error": "Slipstream: what was sent is no JSON with a workflow."}, status=400)
@@ -183,6 +188,16 @@ def register(server) -> None:
         return web.json_response({"runs": list(STRIPS.of_workflow(body.get("workflow"), running))})
 
     server.routes.post(ROUTE)(open_page)
+
+
+def _late(strip: Strip, run) -> int:
+    """Which cell has become an anchor since it was taken, one past the last where none has: a result is corrected
+    when its evaluation has ended."""
+    last = len(strip.cells) - 1
+    if last < 0 or strip.cells[last]["action"] == "anchor" or not getattr(run.evaluations[last], "anchor", False):
+        return last + 1
+    strip.cells[last]["action"] = "anchor"
+    return last
 
 
 def _cell(now) -> dict:

@@ -17,9 +17,11 @@ import comfy.sampler_helpers
 import torch
 from comfy.patcher_extension import WrappersMP
 
+from ..engine.coordinates import level_in
 from . import events
 from .account import Evaluation
-from .bridge import bridge, check_cfg, check_guider, check_latents, check_range, check_width, name_of
+from .bridge import RANGE, bridge, check_cfg, check_guider, check_latents, check_range, check_width, name_of
+from .gauge import Gauge
 from .sampling import Clock, sampler_traits
 from .segments import (
     A_FIRST,
@@ -27,11 +29,14 @@ from .segments import (
     KEEP,
     KEY,
     SWAP,
+    TURN,
     Boundary,
+    Larger,
     Local,
     Segment,
     Span,
     SwitchConfig,
+    Turn,
     check,
     joined,
     segments_of,
@@ -103,11 +108,13 @@ def sample_switched(executor, *args, **kwargs):
     # Where a boundary lies does not depend on numbers that no bridge knows, so the model's own will do.
     source = bridge(guider.model_patcher, guider.model_patcher)[0]
     run = SwitchedRun(guider, spans(segments_of(guider.model_patcher), sigmas, source), sigmas, args, kwargs)
+    gauge = Gauge(guider.model_patcher.load_device)
     try:
-        result = run.sample(executor, args, kwargs)
+        with gauge:
+            result = run.sample(executor, args, kwargs)
     finally:
         run.close()
-    events.finished(run, run.report())
+    events.finished(run, run.report() | gauge.reading())
     return result
 
 
@@ -118,12 +125,14 @@ class _Nodes:
 
 @dataclass(slots=True)
 class Cost:
-    """What one span has taken. seconds: of wall time between its first and last evaluation, without the swaps."""
+    """What one span has taken. seconds: of wall time between its first and last evaluation, without the swaps; anchors:
+    evaluations of its model that corrected another one's span, whose seconds are here too."""
 
     name: str
     mark: str
     evaluations: int = 0
     seconds: float = 0.0
+    anchors: int = 0
 
 
 class SwitchedRun:
@@ -155,6 +164,7 @@ class SwitchedRun:
         self.costs = self._costs()
         self._entered = self._began = time.perf_counter()
         self._last: Cost | None = None
+        self._asked = False
 
     def _view(self, span: Span) -> View | None:
         """The stand-in for a span; None for the model the sampler was given, as it was given."""
@@ -174,7 +184,8 @@ class SwitchedRun:
 
     def _costs(self) -> list[Cost]:
         patchers = [self.base if view is None else view.patcher for view in self.views]
-        largest = max(p.model_size() for p in patchers)
+        sizes = [p.model_size() for p in patchers]
+        self.largest, largest = sizes.index(max(sizes)), max(sizes)
         found = []
         for i, patcher in enumerate(patchers):
             other = next((p for p in patchers if p is not patcher and name_of(p) == name_of(patcher)), None)
@@ -217,19 +228,58 @@ class SwitchedRun:
         view, cost = self.views[place], self.costs[place]
         self._switch_to(view, cost, x.device)
         started = time.perf_counter()
-        if view is None:
-            result = executor(*args, **kwargs)
-        else:
-            passed = args[2] if len(args) > 2 else kwargs.get("model_options", {})
-            seed = args[3] if len(args) > 3 else kwargs.get("seed")
-            result = view.predict(x, timestep, passed, self.guider.model_options, seed)
+        self._asked = False
+        span = self.spans[place]
+        token = TURN.set(Turn(span.first, span.last, self._larger(place, executor, args, kwargs)))
+        try:
+            result = self._by(view, executor, args, kwargs)
+        finally:
+            TURN.reset(token)
         cost.evaluations += 1
         u = self.clock.u(sigma) if self.clock.decreasing else float(len(self.evaluations))
         done = Evaluation(len(self.evaluations), u, sigma, False, cost.name, cost.mark)
-        done.seconds = time.perf_counter() - started
+        done.seconds, done.anchor = time.perf_counter() - started, self._asked
         self.evaluations.append(done)
         events.evaluation(self, done)
         return result
+
+    def _by(self, view: View | None, executor, args: tuple, kwargs: dict):
+        """The guided prediction of one model, which is on the device."""
+        if view is None:
+            return executor(*args, **kwargs)
+        passed = args[2] if len(args) > 2 else kwargs.get("model_options", {})
+        seed = args[3] if len(args) > 3 else kwargs.get("seed")
+        return view.predict(args[0], args[1], passed, self.guider.model_options, seed)
+
+    def _larger(self, place: int, executor, args: tuple, kwargs: dict) -> Larger | None:
+        """The largest model for an evaluation of the span at `place`; None where that has it already."""
+        if self.costs[place].mark == LARGE:
+            return None
+        other, why_not = self.largest, ""
+        view = self.views[other]
+        patcher = self.base if view is None else view.patcher
+        level = float(args[1].reshape(-1)[0])
+        if view is not None:
+            level = level_in(level, view.source, view.target)
+            largest = float(patcher.get_model_object("model_sampling").sigma_max)
+            if not level <= largest * RANGE:
+                why_not = f"{self.costs[other].name} knows noise only up to {largest:.4g}"
+
+        def ask():
+            """With the weights of the other model, then with those that were there; after an error nothing goes on."""
+            device, before = args[0].device, (self.views[place], self.costs[place])
+            self._switch_to(view, self.costs[other], device)
+            token = TURN.set(None)  # its own compensator is not to ask anyone
+            try:
+                result = self._by(view, executor, args, kwargs)
+            finally:
+                TURN.reset(token)
+            self.costs[other].anchors += 1
+            self._asked = True
+            self._switch_to(*before, device)
+            return result
+
+        return Larger(self.costs[other].name, patcher.model_size(), ask, why_not)
 
     def _switch_to(self, view: View | None, cost: Cost, device: torch.device) -> None:
         """Give the device to the model of this span. The host's manager moves weights and makes room."""
@@ -293,8 +343,18 @@ class SwitchedRun:
 
     # -- the end ---------------------------------------------------------------------------------------------------
 
+    def _chosen(self) -> str:
+        """What `auto` came to, by what is loaded now; empty where nothing was to be chosen."""
+        models = {id(p.model) for p in (self.base if view is None else view.patcher for view in self.views)}
+        if self.memory != AUTO or len(models) < 2:
+            return ""
+        loaded = {id(one.model.model) for one in comfy.model_management.current_loaded_models if one.model is not None}
+        kept = len(models & loaded)
+        return f"auto kept {'both' if kept == 2 else kept} loaded" if models <= loaded else "auto swapped them"
+
     def close(self) -> None:
         """Free what the run held and undo what it did to the other models."""
+        self.remark = self.remark or self._chosen()
         if self._last is not None:
             self._last.seconds += time.perf_counter() - self._entered
             self._last = None
@@ -313,7 +373,7 @@ class SwitchedRun:
     def report(self) -> dict:
         """What the run has cost, plain JSON data of the same form as a cache's report."""
         costs = [dataclasses.asdict(cost) for cost in self.costs]
-        note = ", then ".join(f"{c.evaluations} on {c.name} ({c.seconds:.2f} s)" for c in self.costs)
+        note = ", then ".join(f"{_counted(c)} on {c.name} ({c.seconds:.2f} s)" for c in self.costs)
         if self.swaps:
             note += f", {self.swap_seconds:.2f} s for {self.swaps} {'swap' if self.swaps == 1 else 'swaps'}"
         return {
@@ -339,6 +399,11 @@ class SwitchedRun:
             "swap_seconds": self.swap_seconds,
             "trace": [dataclasses.asdict(e) for e in self.evaluations],
         }
+
+
+def _counted(cost: Cost) -> str:
+    """The evaluations of a span; its anchors, which were made in another's, beside them."""
+    return f"{cost.evaluations} + {cost.anchors} anchors" if cost.anchors else str(cost.evaluations)
 
 
 def _around(view: View, run_on, args: tuple, kwargs: dict):

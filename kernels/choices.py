@@ -14,6 +14,8 @@ from .implementations import triton_version
 
 VERSION = 1  # of the kernels: choices measured with others are measured again
 
+_writing = threading.Lock()
+
 
 def header(label: str) -> dict:
     """What choices hold for: the card's name and the versions."""
@@ -32,13 +34,16 @@ class Choices:
         self.header = header(label)
         mark = hashlib.sha256(json.dumps(self.header, sort_keys=True).encode()).hexdigest()[:10]
         self.path = None if folder is None else folder / f"kernels-{mark}.json"
-        self.entries: dict[str, dict] = {}
+        self.entries: dict[str, dict] = self._in_file()
+
+    def _in_file(self) -> dict[str, dict]:
         try:
             found = {} if self.path is None else json.loads(self.path.read_text(encoding="utf-8"))
             if found.get("header") == self.header:
-                self.entries = {k: v for k, v in found["choices"].items() if _readable(v)}
-        except (OSError, ValueError, AttributeError, KeyError):
+                return {k: v for k, v in found["choices"].items() if _readable(v)}
+        except (OSError, ValueError, AttributeError, KeyError, RecursionError):
             pass
+        return {}
 
     def get(self, key: str) -> dict:
         """The entry, or an empty one."""
@@ -49,14 +54,17 @@ class Choices:
         self.entries[key] = entry
         if self.path is None:
             return
-        text = json.dumps({"header": self.header, "choices": self.entries}, indent=1)
         temporary = self.path.with_name(f"{self.path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, self.path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with _writing:
+            # another card of the same kind, or another process, may have added to it
+            self.entries = {**self._in_file(), **self.entries}
+            text = json.dumps({"header": self.header, "choices": self.entries}, indent=1)
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                temporary.write_text(text, encoding="utf-8")
+                os.replace(temporary, self.path)
+            finally:
+                temporary.unlink(missing_ok=True)
 
 
 def _readable(entry: object) -> bool:

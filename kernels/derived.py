@@ -40,6 +40,8 @@ def derived(tensor: Tensor, what: Hashable, make: Callable[[Tensor], Tensor]) ->
     with _lock:
         for old in [k for k, (alive, _) in _kept.items() if alive.expired()]:
             del _kept[old]
+        if key in _kept:  # another thread has made it meanwhile
+            return _kept[key][1]
         if value.untyped_storage()._cdata != storage._cdata:  # a view would keep its own source alive for ever
             _kept[key] = (StorageWeakRef(storage), value)
     return value

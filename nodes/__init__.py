@@ -7,6 +7,8 @@ import logging
 
 from comfy_api.latest import ComfyExtension, io
 
+from . import values
+
 log = logging.getLogger("slipstream")
 
 # Module -> node class. One file that fails to import must not take the others with it.
@@ -38,7 +40,7 @@ class SlipstreamExtension(ComfyExtension):
         for module, name in NODES.items():
             try:
                 node = getattr(importlib.import_module(f".{module}", __name__), name)
-                node.GET_SCHEMA()
+                node = values.guarded(node)
             except Exception:
                 log.exception("Slipstream: the node file nodes/%s.py does not load on this host", module)
                 continue

@@ -24,15 +24,17 @@ class CacheLoader(io.ComfyNode):
             ),
             search_aliases=["teacache", "easycache", "magcache", "deepcache", "speed", "faster", "cache"],
             inputs=[
-                io.Model.Input("model"),
+                io.Model.Input(
+                    "model", tooltip="From the model loader, after LoRAs and W4A4 Quantize if you use them."
+                ),
                 widget(
                     io.Combo.Input,
                     "preset",
                     options=list(PRESETS),
                     default="Balanced",
                     tooltip=(
-                        "Balanced suits most. Safe skips less, Fast more. Custom uses the values below; the other "
-                        "presets set them for you. Off skips nothing but still counts and times the run."
+                        "Try Balanced. Safe skips less and stays nearer, Fast skips more. Custom uses the values "
+                        "below; the other presets set them for you. Off skips nothing, but counts and times the run."
                     ),
                 ),
                 widget(
@@ -42,11 +44,11 @@ class CacheLoader(io.ComfyNode):
                     default="auto",
                     advanced=True,
                     tooltip=(
-                        "How the steps to skip are chosen (Custom only). auto: drift budget, from the error measured "
-                        "while sampling. interval: every (max_skip + 1)-th step is computed. accumulated change: "
-                        "from how far the latent has moved. power grid: DeepCache's. key steps: Faster Diffusion's. "
-                        "first-block gate: first-block cache. confidence gate: CG-Taylor. modulated change: TeaCache. "
-                        "magnitude: MagCache."
+                        "How the steps to skip are chosen (Custom only). Leave it at auto: a budget for the error that "
+                        "is measured while sampling. interval: every (max_skip + 1)-th step is computed. accumulated "
+                        "change: from how far the latent has moved. power grid: DeepCache's. key steps: Faster "
+                        "Diffusion's. first-block gate: first-block cache. confidence gate: CG-Taylor. modulated "
+                        "change: TeaCache. magnitude: MagCache."
                     ),
                 ),
                 widget(
@@ -70,7 +72,10 @@ class CacheLoader(io.ComfyNode):
                     max=1.0,
                     step=0.01,
                     advanced=True,
-                    tooltip="Skipping starts here, as a fraction of the sampling (Custom only). Try 0.15 for video.",
+                    tooltip=(
+                        "Skipping starts here, as a part of the sampling (Custom only). 0 is from the start, 0.15 for "
+                        "video."
+                    ),
                 ),
                 widget(
                     io.Float.Input,
@@ -80,7 +85,10 @@ class CacheLoader(io.ComfyNode):
                     max=1.0,
                     step=0.01,
                     advanced=True,
-                    tooltip="Skipping ends here (Custom only). The last step is always computed. Try 0.9 for detail.",
+                    tooltip=(
+                        "Skipping ends here (Custom only). 1 is the end, 0.9 keeps detail; the last step is always "
+                        "computed."
+                    ),
                 ),
                 widget(
                     io.Int.Input,
@@ -90,8 +98,8 @@ class CacheLoader(io.ComfyNode):
                     max=20,
                     advanced=True,
                     tooltip=(
-                        "At most this many steps are skipped in a row (Custom only). 3 is careful, 6 is fast, "
-                        "0 takes the number the method's authors use."
+                        "At most so many steps are skipped in a row (Custom only). 3 is careful, 6 is fast; 0 takes "
+                        "the number of the method's authors."
                     ),
                 ),
                 widget(
@@ -102,9 +110,9 @@ class CacheLoader(io.ComfyNode):
                     default="auto",
                     advanced=True,
                     tooltip=(
-                        "What is cached (Custom only). auto: what the method needs, else the model output. block stack "
-                        "and last block: transformers; the first blocks still run. U-Net depth (DeepCache) and U-Net "
-                        "encoder (Faster Diffusion): SD1.5, SD2, SDXL."
+                        "What is cached (Custom only). Leave it at auto: what the method needs, else the model output. "
+                        "block stack and last block: transformers; the first blocks still run. U-Net depth (DeepCache) "
+                        "and U-Net encoder (Faster Diffusion): SD1.5, SD2, SDXL."
                     ),
                 ),
                 widget(
@@ -130,8 +138,8 @@ class CacheLoader(io.ComfyNode):
                     step=0.01,
                     advanced=True,
                     tooltip=(
-                        "For the gates and magnitude (Custom only). 0 takes the value the method's authors give for "
-                        "this model; lower skips less. Try 0.08 with first-block gate."
+                        "For the gates, accumulated change and magnitude (Custom only); lower skips less. 0 takes the "
+                        "authors' value for this model; try 0.08 with first-block gate."
                     ),
                 ),
                 widget(
@@ -141,8 +149,8 @@ class CacheLoader(io.ComfyNode):
                     default=False,
                     advanced=True,
                     tooltip=(
-                        "With U-Net encoder (Custom only): add 0.3 % of the first noise in the later half of the "
-                        "steps, as Faster Diffusion does to keep texture. Off stays nearest to the full run."
+                        "With U-Net encoder (Custom only). Leave it off to stay nearest to the full run; on adds 0.3 % "
+                        "of the first noise in the later half of the steps, as Faster Diffusion does to keep texture."
                     ),
                 ),
                 widget(
@@ -153,8 +161,8 @@ class CacheLoader(io.ComfyNode):
                     default="auto",
                     advanced=True,
                     tooltip=(
-                        "Where cached tensors lie. auto: on the GPU while they fit the budget, then in RAM. int8 "
-                        "halves them at a small error. Only the block sites need more than a few megabytes."
+                        "Where cached tensors lie. Leave it at auto: on the GPU while they fit the budget, then in "
+                        "RAM. int8 halves them at a small error. Only the block sites need more than a few megabytes."
                     ),
                 ),
                 widget(
@@ -178,8 +186,9 @@ class CacheLoader(io.ComfyNode):
                     default=profiles.AUTO,
                     tooltip=(
                         "A file that Calibrate wrote: its steps are computed, in the place of preset and method "
-                        "(preset Off still computes all). auto: one that fits this model, if there is one; Safe and "
-                        "Fast take the points of its frontier with half and twice the error. none: the preset decides."
+                        "(preset Off still computes all). Leave it at auto: one that fits this model, if there is one; "
+                        "Safe and Fast take the points of its frontier with half and twice the error. none: the preset "
+                        "decides."
                     ),
                 ),
             ],
@@ -190,7 +199,7 @@ class CacheLoader(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, preset: str) -> bool | str:
         # One argument only: the host repeats the sentence once for every argument named here.
-        if preset is not None and preset not in PRESETS:
+        if preset is not None and preset not in list(PRESETS):
             return f"Cache Loader: there is no preset '{preset}'; choose one of {', '.join(PRESETS)}."
         return True
 

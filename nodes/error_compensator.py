@@ -17,8 +17,9 @@ class ErrorCompensator(io.ComfyNode):
             node_id="SlipstreamErrorCompensator",
             display_name="Error Compensator",
             description=(
-                "Takes back part of the error of a quantised or cached model. A few evaluations are made with better "
-                "weights too, and the difference corrects the steps after them; a profile adds what Calibrate found."
+                "Takes back part of the error of a quantised, cached or small model. A few evaluations are made with "
+                "better weights too, and the difference corrects the steps after them; a profile adds what Calibrate "
+                "found."
             ),
             search_aliases=["correction", "quality", "anchors", "ptqd", "tcec", "ertacache", "cachequant", "w4a4"],
             inputs=[
@@ -40,8 +41,9 @@ class ErrorCompensator(io.ComfyNode):
                     min=-1,
                     max=MOST_ANCHORS,
                     tooltip=(
-                        "Evaluations that are made twice, with 4-bit and with better weights. -1: one in ten steps "
-                        "where the model is quantised. More is nearer to the full model and slower. 0: none."
+                        "Evaluations that are made twice, the second time by the reference. -1: one in ten steps where "
+                        "the model is quantised, or the small one of a switch. More is nearer to the full model and "
+                        "slower. 0: none."
                     ),
                 ),
                 widget(
@@ -72,8 +74,9 @@ class ErrorCompensator(io.ComfyNode):
                     default=REFERENCES[0],
                     advanced=True,
                     tooltip=(
-                        "What is asked at anchors. 8-bit copy: made at the first anchor, kept in RAM, as good as the "
-                        "original. original weights: no further memory where they are still loaded, slower with LoRAs."
+                        "What is asked at anchors. 8-bit copy: made at the first one, kept in RAM, as good as the "
+                        "original weights. large model: of the Hybrid Model Switch behind this small one. uncached: "
+                        "at steps a cache fills. auto: the copy, or the large model."
                     ),
                 ),
             ],

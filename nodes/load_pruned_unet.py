@@ -23,10 +23,10 @@ class LoadPrunedUNet(io.ComfyNode):
             inputs=[
                 widget(
                     io.Combo.Input, "unet_name", options=files(),
-                    tooltip="A safetensors file in models/diffusion_models. Rename it from diffusion_pytorch_model.",
+                    tooltip="A safetensors file in models/diffusion_models; rename it from diffusion_pytorch_model.",
                 ),
             ],
-            outputs=[io.Model.Output()],
+            outputs=[io.Model.Output(tooltip="The pruned model, for a Hybrid Model Switch or a sampler.")],
             hidden=[io.Hidden.unique_id],
         )  # fmt: skip
 

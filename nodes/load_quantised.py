@@ -24,10 +24,10 @@ class LoadQuantisedModel(io.ComfyNode):
             inputs=[
                 widget(
                     io.Combo.Input, "model_name", options=names(),
-                    tooltip="From models/diffusion_models. Others belong to Load Diffusion Model.",
+                    tooltip="A 4-bit file in models/diffusion_models. Files in 16 bit belong to Load Diffusion Model.",
                 ),
             ],
-            outputs=[io.Model.Output()],
+            outputs=[io.Model.Output(tooltip="The 4-bit model. LoRAs, caches and samplers follow as usual.")],
             hidden=[io.Hidden.unique_id],
         )  # fmt: skip
 

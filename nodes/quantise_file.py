@@ -27,17 +27,22 @@ class QuantiseFile(io.ComfyNode):
             search_aliases=["svdquant", "int4", "4bit", "convert", "w4a4"],
             is_output_node=True,
             inputs=[
-                widget(io.Combo.Input, "model_name", options=names(), tooltip="A 16-bit or fp8 file."),
+                widget(
+                    io.Combo.Input, "model_name", options=names(),
+                    tooltip="A 16-bit or fp8 file in models/diffusion_models.",
+                ),
                 widget(
                     io.String.Input, "name", default="my_model_w4a4",
-                    tooltip="File name in models/diffusion_models. An older file of this name is replaced.",
+                    tooltip=(
+                        "Name of the new file in models/diffusion_models, such as flux_w4a4. An older one is replaced."
+                    ),
                 ),
                 *wish_widgets(
                     ["none", *profiles.files()],
-                    "none: no data needed. Or a profile that Calibrate wrote with activation_statistics on.",
+                    "Try none: no data needed. Or a profile that Calibrate wrote with activation_statistics on.",
                 ),
             ],
-            outputs=[io.String.Output(display_name="file")],
+            outputs=[io.String.Output(display_name="file", tooltip="Name of the file, for Load Quantized Model.")],
             hidden=[io.Hidden.unique_id],
         )  # fmt: skip
 

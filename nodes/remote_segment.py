@@ -36,36 +36,49 @@ class RemoteSegmentNode(io.ComfyNode):
                 io.String.Input(
                     "server", default="http://127.0.0.1:8189",
                     tooltip=(
-                        "An address, or a name from user/__slipstream/remote.json. Servers elsewhere must be listed "
-                        "there or in SLIPSTREAM_REMOTE_HOSTS; tokens stand there, never here."
+                        "An address such as http://127.0.0.1:8189, or a name from user/__slipstream/remote.json. "
+                        "Servers elsewhere must be listed there or in SLIPSTREAM_REMOTE_HOSTS; tokens stand there, "
+                        "never here."
                     ),
                 ),
                 io.String.Input(
-                    "model_name", default="", tooltip="Diffusion model or checkpoint, as the server shows it."
+                    "model_name", default="",
+                    tooltip="Diffusion model or checkpoint, by the name that the server shows.",
                 ),
                 io.String.Input(
                     "text_encoders", default="",
-                    tooltip="The server's text encoder files, separated by commas. Empty: those of the checkpoint.",
+                    tooltip=(
+                        "The server's files, separated by commas, such as clip_l.safetensors, t5xxl_fp16.safetensors. "
+                        "Empty: those of the checkpoint."
+                    ),
                 ),
-                io.Combo.Input("text_encoder_type", options=TYPES, default=TYPES[0], tooltip="As in its CLIP loader."),
-                io.String.Input("positive", default="", multiline=True, tooltip="Text: it is encoded on the server."),
-                io.String.Input("negative", default="", multiline=True, tooltip="Not used at cfg 1."),
+                io.Combo.Input(
+                    "text_encoder_type", options=TYPES, default=TYPES[0],
+                    tooltip="As in the server's CLIP loader: flux for FLUX, sdxl for SDXL.",
+                ),
+                io.String.Input("positive", default="", multiline=True, tooltip="Your prompt; the server encodes it."),
+                io.String.Input("negative", default="", multiline=True, tooltip="What to avoid; not used at cfg 1."),
                 widget(
-                    io.Float.Input, "cfg", default=7.0, min=0.0, max=100.0, step=0.1, tooltip="1 for FLUX-like models."
+                    io.Float.Input, "cfg", default=7.0, min=0.0, max=100.0, step=0.1,
+                    tooltip="1 for FLUX-like models, 5 to 8 for SD1.5 and SDXL.",
                 ),
                 io.Combo.Input(
                     "sampler_name", options=list(comfy.samplers.SAMPLER_NAMES), default="euler",
-                    tooltip="euler and heun go on over the boundary as if there were none; others lose their history.",
+                    tooltip=(
+                        "Try euler: it goes on over the boundary as if there were none, like heun. Others start anew."
+                    ),
                 ),
                 io.Sigmas.Input("sigmas", tooltip="The steps to sample there: one output of Split Sigmas, or all."),
                 io.Latent.Input(
                     "latent_image",
                     tooltip="For the first part an empty latent, which is not sent; else what the part before gave.",
                 ),
-                io.Boolean.Input("add_noise", default=True, tooltip="On for the first part, off for one that goes on."),
+                io.Boolean.Input(
+                    "add_noise", default=True, tooltip="On for the first part of a run, off for one that goes on.",
+                ),
                 widget(
                     io.Int.Input, "noise_seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True,
-                    tooltip="Noise is made on the server from the seed, the same as here.",
+                    tooltip="Any number, such as 0: noise is made on the server from it, the same as here.",
                 ),
                 widget(
                     io.Float.Input, "guidance", optional=True, default=0.0, min=0.0, max=100.0, step=0.1,
@@ -73,20 +86,28 @@ class RemoteSegmentNode(io.ComfyNode):
                 ),
                 io.String.Input(
                     "loras", optional=True, default="", multiline=True,
-                    tooltip="LoRAs of the server, one per line: file, a space, strength.",
+                    tooltip="LoRAs of the server, one per line, such as: detail.safetensors 0.8",
                 ),
                 widget(
-                    io.Int.Input, "timeout", optional=True, default=900, min=5, max=86_400,
-                    tooltip="Seconds for everything, the server's queue included. Then it is cancelled there.",
+                    io.Int.Input, "timeout", optional=True, default=900, min=5, max=86_400, advanced=True,
+                    tooltip="Seconds for everything, the server's queue included; then it is cancelled there. Try 900.",
                 ),
                 io.Model.Input(
                     "model", optional=True,
                     tooltip="The local model: takes over when the server fails; names the schedule to old servers.",
                 ),
-                io.Conditioning.Input("positive_here", optional=True, tooltip="For when the local model takes over."),
-                io.Conditioning.Input("negative_here", optional=True, tooltip="For when the local model takes over."),
+                io.Conditioning.Input(
+                    "positive_here", optional=True, tooltip="The prompt for the local model, for when it takes over.",
+                ),
+                io.Conditioning.Input(
+                    "negative_here", optional=True,
+                    tooltip="The negative prompt for the local model, for when it takes over.",
+                ),
             ],
-            outputs=[io.Latent.Output(display_name="latent"), io.String.Output(display_name="report")],
+            outputs=[
+                io.Latent.Output(display_name="latent", tooltip="Sampled there: for a sampler or VAE Decode here."),
+                io.String.Output(display_name="report", tooltip="What was asked, what it took and what went wrong."),
+            ],
             hidden=[io.Hidden.unique_id],
         )  # fmt: skip
 

@@ -26,14 +26,16 @@ class SaveQuantisedModel(io.ComfyNode):
                 io.Model.Input("model", tooltip="After W4A4 Quantize, with the LoRAs that are to be part of the file."),
                 widget(
                     io.String.Input, "name", default="my_model_w4a4",
-                    tooltip="File name in models/diffusion_models. An older file of this name is replaced.",
+                    tooltip=(
+                        "Name of the new file in models/diffusion_models, such as flux_w4a4. An older one is replaced."
+                    ),
                 ),
                 io.Latent.Input(
                     "after", optional=True,
-                    tooltip="With calibration on the first run: the sampler's latent, to save after that run.",
+                    tooltip="With calibration on the first run: connect the sampler's latent, to save after that run.",
                 ),
             ],
-            outputs=[io.String.Output(display_name="file")],
+            outputs=[io.String.Output(display_name="file", tooltip="Name of the file, for Load Quantized Model.")],
             hidden=[io.Hidden.unique_id],
         )  # fmt: skip
 

@@ -21,18 +21,20 @@ class TaylorPredictor(io.ComfyNode):
             ),
             search_aliases=["taylorseer", "forecast", "predict", "speed", "faster"],
             inputs=[
-                io.Model.Input("model"),
+                io.Model.Input(
+                    "model", tooltip="From a Cache Loader, or before one; alone it brings a Balanced cache along."
+                ),
                 widget(
                     io.Combo.Input,
                     "kind",
                     options=list(KINDS),
                     default="Taylor",
                     tooltip=(
-                        "Taylor: exact extrapolation on the real step spacing. TaylorSeer: the published derivative "
-                        "ladder. Reuse: repeat the last output, to see what forecasting adds. Residual reuse: repeat "
-                        "what the model added to its input. Hermite: damped, for rough outputs. Adams-Bashforth: aims "
-                        "at the exact solution, with euler. Chebyshev: a smooth fit. Per token (TAP): every patch "
-                        "chooses its own."
+                        "Try Taylor: exact extrapolation on the real step spacing. TaylorSeer: the published "
+                        "derivative ladder. Reuse: repeat the last output, to see what forecasting adds. Residual "
+                        "reuse: repeat what the model added to its input. Hermite: damped, for rough outputs. "
+                        "Adams-Bashforth: aims at the exact solution, with euler. Chebyshev: a smooth fit. Per token "
+                        "(TAP): every patch chooses its own."
                     ),
                 ),
                 widget(
@@ -42,8 +44,9 @@ class TaylorPredictor(io.ComfyNode):
                     min=-1,
                     max=3,
                     tooltip=(
-                        "-1 chooses for you: 1, and 0 for samplers that add noise. 2 pays only where few steps are "
-                        "skipped in a row. The order drops by itself where a forecast would be unstable."
+                        "How many earlier changes a forecast follows. -1 chooses for you: 1, and 0 for samplers that "
+                        "add noise. 2 pays only where few steps are skipped in a row. It drops by itself where a "
+                        "forecast would be unstable."
                     ),
                 ),
                 widget(
@@ -55,7 +58,9 @@ class TaylorPredictor(io.ComfyNode):
                     max=1.0,
                     step=0.01,
                     advanced=True,
-                    tooltip="Hermite only: 0.5 halves the slope, as published; 0.71 is undamped.",
+                    tooltip=(
+                        "Hermite only: how much of the slope it trusts. 0.5 halves it, as published; 0.71 is undamped."
+                    ),
                 ),
             ],
             outputs=[io.Model.Output(tooltip="The model; nothing happens until a sampler runs.")],
@@ -64,7 +69,7 @@ class TaylorPredictor(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, kind: str) -> bool | str:
-        if kind is not None and kind not in KINDS:
+        if kind is not None and kind not in list(KINDS):
             return f"Taylor Predictor: there is no kind '{kind}'; choose one of {', '.join(KINDS)}."
         return True
 

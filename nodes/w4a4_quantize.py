@@ -19,7 +19,7 @@ def wish_widgets(calibrations: list[str], where: str) -> list:
         widget(
             io.Combo.Input, "format", options=list(CHOICES), default=CHOICES[0],
             tooltip=(
-                "auto: rotated 4-bit groups with a low-rank branch, the best without data. svdquant_w4a4: "
+                "Try auto: rotated 4-bit groups with a low-rank branch, the best without data. svdquant_w4a4: "
                 "comfy-kitchen's layout. convrot_w4a4, int8_convrot: the host's own layouts. w4a8, w4a16: 4-bit "
                 "weights with 8- or 16-bit activations, nearer to the original. nvfp4: the host's own, for RTX 50."
             ),
@@ -27,23 +27,24 @@ def wish_widgets(calibrations: list[str], where: str) -> list:
         widget(
             io.Int.Input, "rank", default=32, min=0, max=128, step=8,
             tooltip=(
-                "Of the 16-bit branch that takes what 4 bits cannot hold. 32 is usual, 16 smaller, 64 nearer, 0 none."
+                "Size of the 16-bit branch that takes what 4 bits cannot hold. 32 is usual, 16 smaller, 64 nearer, 0 "
+                "none."
             ),
         ),
         widget(
             io.Combo.Input, "activations", options=list(BITS), default="4 bit",
-            tooltip="With auto and svdquant_w4a4. 8 bit is nearer to the original; the file is the same size.",
+            tooltip="Try 4 bit; 8 bit is nearer to the original with the same file. For auto and svdquant_w4a4.",
         ),
         widget(io.Combo.Input, "calibration", options=calibrations, default=calibrations[0], tooltip=where),
         widget(
-            io.String.Input, "layers", default="", multiline=True,
+            io.String.Input, "layers", default="", multiline=True, advanced=True,
             tooltip=(
-                "Empty: chosen for this model. Or lines such as 'img_mlp = w4a16' or 'single_blocks.0 = keep': a part "
-                "of the layer names, =, and keep, w8a8, w4a16 or w4a4."
+                "Leave it empty: chosen for this model. Or lines such as 'img_mlp = w4a16' or 'single_blocks.0 = "
+                "keep': a part of the layer names, =, and keep, w8a8, w4a16 or w4a4."
             ),
         ),
         widget(
-            io.Float.Input, "quality_guard", default=0.0, min=0.0, max=100.0, step=0.5,
+            io.Float.Input, "quality_guard", default=0.0, min=0.0, max=100.0, step=0.5, advanced=True,
             tooltip=(
                 "Signal to noise in dB that no layer may fall below; worse ones get 8 or 16 bit. Try 15. 0 leaves all "
                 "in 4 bit. With calibration on the first run the whole picture is checked, too."
@@ -67,8 +68,8 @@ class W4A4Quantize(io.ComfyNode):
                 io.Model.Input("model", tooltip="A 16-bit or fp8 model, with or without LoRAs."),
                 *wish_widgets(
                     ["none", FIRST_RUN, *profiles.files()],
-                    "none: no data needed. first run: measures your own prompt at a few steps when you first sample, "
-                    "nearer to the original. Or a profile that Calibrate wrote with activation_statistics on.",
+                    "Try none: no data needed. first run: measures your own prompt at a few steps when you first "
+                    "sample, nearer to the original. Or a profile that Calibrate wrote with activation_statistics on.",
                 ),
                 widget(
                     io.Int.Input, "evaluations", optional=True, default=8, min=1, max=64, advanced=True,
@@ -77,8 +78,8 @@ class W4A4Quantize(io.ComfyNode):
                 widget(
                     io.Boolean.Input, "gptq", optional=True, default=False, advanced=True,
                     tooltip=(
-                        "With calibration on the first run: round every weight with regard to the others (GPTQ). Every "
-                        "layer comes nearer, the picture not always; several times slower to make."
+                        "With calibration on the first run: round every weight with regard to the others (GPTQ). Leave "
+                        "it off first: every layer comes nearer, the picture not always; several times slower to make."
                     ),
                 ),
             ],

@@ -175,7 +175,7 @@ class Described(Mapping[str, Tensor]):
         try:
             listed = json.loads(metadata.get(QUANTISATION, "{}")).get("layers", {})
             listed = {str(name): dict(found) for name, found in listed.items()}
-        except (ValueError, TypeError, AttributeError):
+        except (ValueError, TypeError, AttributeError, RecursionError):
             raise ValueError(f"its metadata {QUANTISATION} is not the JSON of a list of layers") from None
         for name, found in listed.items():
             if f"{name}.comfy_quant" not in tensors:

@@ -383,7 +383,7 @@ def description_of(prefix: str, tensors: Mapping[str, Tensor]) -> dict:
         raise ValueError(f"{prefix} has no comfy_quant, so it is not a quantised layer")
     try:
         found = json.loads(bytes(raw.to(torch.uint8).flatten().tolist()).decode())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"the comfy_quant of {prefix} is not JSON") from error
     if not isinstance(found, dict):
         raise ValueError(f"the comfy_quant of {prefix} is not a JSON object")

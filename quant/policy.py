@@ -337,6 +337,21 @@ def policy_for(class_names: Sequence[str]) -> Policy:
     return DEFAULT
 
 
+# A search may try every way to share a name out over the repeats, and every way again for a repeat of a repeat.
+MOST_REPEATS, LONGEST_PATTERN = 3, 300
+
+
+def _may_take_for_ever(pattern: str) -> bool:
+    """Whether searching a layer's name for this could take longer than a person waits."""
+    bare = re.sub(r"\\.|\[\^?\]?[^\]]*\]", "x", pattern, flags=re.DOTALL)  # without escapes and sets of characters
+    repeats = re.sub(r"\(\?", "(", bare)  # what follows "(?" is no repeat
+    return (
+        len(pattern) > LONGEST_PATTERN
+        or len(re.findall(r"[*+?{]", repeats)) > MOST_REPEATS
+        or bool(re.search(r"\)[*+{]", repeats))
+    )
+
+
 def parse_overrides(text: str) -> tuple[Rule, ...]:
     """Rules from lines `regular expression = treatment`; empty lines and lines that start with # are skipped.
 
@@ -352,6 +367,11 @@ def parse_overrides(text: str) -> tuple[Rule, ...]:
             raise ValueError(
                 f"Line {number} of the layer overrides, '{line}', is not understood: write a part of the layer names, "
                 f"'=', and one of {', '.join(TREATMENTS)}, for example 'img_mlp.2 = w8a8'."
+            )
+        if _may_take_for_ever(pattern):
+            raise ValueError(
+                f"Line {number} of the layer overrides, '{line}', repeats too much before '=': use at most "
+                f"{MOST_REPEATS} of * + ? {{}} and none of them after a bracket, or write a part of the layer names."
             )
         try:
             re.compile(pattern)

@@ -20,6 +20,8 @@ from lab import Lab  # noqa: E402
 
 torch.set_num_threads(1)
 
+pytest_plugins = ["matrix"]
+
 
 @pytest.fixture(scope="session")
 def lab() -> Lab:

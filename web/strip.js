@@ -8,6 +8,7 @@
 
 import { api } from "../../scripts/api.js"
 import { app } from "../../scripts/app.js"
+import { speech, translated } from "./words.js"
 
 const ROUTE = "/slipstream/strips"
 const NAME = "slipstream_strip"
@@ -78,29 +79,20 @@ const megabytes = (bytes) => `${(bytes / 1e6).toFixed(bytes < 1e6 ? 2 : 1)} MB`
 
 const plain = (action) => String(action).replaceAll("_", " ")
 
-/** The run's short reasons, for who has not read its source; what is not here is said as it is. */
-const REASONS = {
-  "first evaluations": "the first are always computed",
-  "last step": "the last is always computed",
-  "schedule": "not within what may be skipped",
-  "within budget": "",
-  "max skip": "enough were skipped in a row",
-}
-
 /** What was done at one evaluation, in a sentence. */
 function told(cell, run) {
+  const say = speech()
   const drift = cell.drift ?? null
-  const filled = FILLED.includes(cell.action)
-  const order = cell.order ? ` with order ${cell.order}` : ""
-  const reason = REASONS[cell.reason] ?? cell.reason
+  const reason = say.reasons[cell.reason] ?? translated(say, String(cell.reason ?? ""))
+  const action = say.action(plain(cell.action))
   const parts = [
-    `Evaluation ${cell.index + 1}, step ${+(cell.step + 1).toFixed(1)} of ${run.steps}: ${plain(cell.action)}${order}`,
-    ...(cell.share > 0 && cell.share < 1 ? [`${percent(cell.share)} of the network ran`] : []),
+    say.evaluation(cell.index + 1, +(cell.step + 1).toFixed(1), run.steps, action, cell.order),
+    ...(cell.share > 0 && cell.share < 1 ? [say.ran(percent(cell.share))] : []),
     seconds(cell.seconds),
-    ...(drift === null ? [] : [`${filled ? "" : "a forecast would have been "}off by ${percent(drift)}`]),
+    ...(drift === null ? [] : [(FILLED.includes(cell.action) ? say.off : say.avoided)(percent(drift))]),
     ...(reason ? [reason] : []),
   ]
-  return parts.join(", ")
+  return parts.join(say.comma)
 }
 
 /** Counts, seconds spent and saved, drift and megabytes of a run; estimated as host/account.py does until it ended. */
@@ -262,28 +254,30 @@ class Strip {
   write(largest) {
     const run = this.runs.at(-1)
     if (!run) return
+    const say = speech()
     const { counts, spent, saved, drift, bytes } = summed(run)
-    const list = [...counts].map(([action, count]) => `${count} ${action}`)
+    const place = run.cache_place && run.cache_place !== "cpu" ? run.cache_place : ""
+    const list = [...counts].map(([action, count]) => say.count(count, say.action(action)))
     const filled = FILLED.some((action) => counts.has(action))
     const numbers = [
-      filled ? `${seconds(spent)}, saved ${seconds(saved)}` : seconds(spent),
-      ...(drift != null ? [`off by ${percent(drift)}`] : []),
-      ...(filled && bytes ? [`cache ${megabytes(bytes)}`] : []),
+      filled ? `${seconds(spent)}${say.comma}${say.saved(seconds(saved))}` : seconds(spent),
+      ...(drift != null ? [say.off(percent(drift))] : []),
+      ...(filled && bytes ? [say.cache(megabytes(bytes), place)] : []),
     ]
     const resting = this.node.mode === BYPASSED || this.node.mode === MUTED
     const words = [
-      ...(resting ? ["took no part in the last run; this is the one before"] : []),
-      ...(run.stopped ? [`stopped after ${run.cells.length} of ${run.steps}`] : []),
-      ...(this.runs.length > 1 ? [`sampling ${this.runs.length} of this prompt`] : []),
-      ...(run.words ? [run.words] : []),
+      ...(resting ? [say.resting] : []),
+      ...(run.stopped ? [say.stopped(run.cells.length, run.steps)] : []),
+      ...(this.runs.length > 1 ? [say.sampling(this.runs.length)] : []),
+      ...(run.words ? [translated(say, run.words)] : []),
     ]
-    const texts = [list.join(", "), numbers.join(" · "), words.join(" · ")]
+    const texts = [list.join(say.comma), numbers.join(" · "), words.join(" · ")]
     texts.forEach((text, i) => (this.lines[i].textContent = text))
     this.lines[0].replaceChildren(...[...counts.keys()].map((action, i) => sample(action, list[i])))
-    const line = largest > 0 ? `The line above is the drift, ${percent(largest)} at its top.` : ""
+    const line = largest > 0 ? say.line(percent(largest)) : ""
     for (const element of this.lines) element.title = [...texts, line].filter(Boolean).join("\n")
     const total = Math.max(run.steps, run.cells.length)
-    this.picture.setAttribute("aria-label", `Slipstream, ${total} evaluations: ${texts.join(". ")}`)
+    this.picture.setAttribute("aria-label", say.label(total, texts.join(say.stop)))
     this.element.setAttribute("aria-busy", String(!run.finished && !run.stopped))
     this.element.classList.toggle("resting", resting)
   }

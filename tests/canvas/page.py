@@ -69,11 +69,11 @@ def ask(url: str, data: object = None):
 class Canvas:
     """One tab. `errors` is what the console or a page error has said about our files."""
 
-    def __init__(self, context, url: str):
+    def __init__(self, context, url: str, timeout: float = 30_000):
         self.errors: list[str] = []
         self.url = url
         self.page = context.new_page()
-        self.page.set_default_timeout(30_000)
+        self.page.set_default_timeout(timeout)
         self.page.on("console", self._heard)
         self.page.on("pageerror", lambda error: self._note(str(error) + (getattr(error, "stack", "") or "")))
         self.page.goto(url)

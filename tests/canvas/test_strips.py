@@ -89,6 +89,18 @@ def test_a_measured_drift_reaches_the_evaluations_filled_before_it(server):
     assert shown == {0: None, 1: 0.01, 2: 0.02, 3: 0.03}
 
 
+def test_an_evaluation_becomes_an_anchor_after_it_has_ended(server):
+    """Its result is corrected then; the last one's too."""
+    strips, run = Strips(), Run("3")
+    for i in range(3):
+        run.evaluate(strips, server)
+        time.sleep(4 * INTERVAL)
+        run.evaluations[-1].anchor = i != 1
+    strips.finished(server, run, {})
+    shown = {cell["index"]: cell["action"] for _, _, data, _ in server.sent for cell in data.get("cells", ())}
+    assert shown == {0: "anchor", 1: "computed", 2: "anchor"}
+
+
 def test_who_comes_later_gets_the_last_prompts_runs_of_his_workflow_only(server):
     strips = Strips()
     for prompt, runs in (("p1", 1), ("p2", 2)):

@@ -1,4 +1,5 @@
-"""Hazards H01 to H15 and H40 to H49 with an Error Compensator on a quantised model, with and without a cache beside it.
+"""Hazards H01 to H15 and H40 to H49 with an Error Compensator: on a quantised model with and without a cache, and in a
+switched run.
 
 H01 and H06's forward hooks are also in tests/host/test_compensate.py. H09 is the guiders' order, which never reaches
 the compensator: it sees what the guider has mixed. H18: its state is the run's, asserted by H14.
@@ -18,9 +19,11 @@ from slipstream.engine.anchors import Carried
 from slipstream.host.compensate import Compensator
 from slipstream.host.errors import SlipstreamError
 from slipstream.host.patcher import add_compensator
-from slipstream.host.plan import ORIGINAL, CompensatorConfig
+from slipstream.host.plan import ORIGINAL, UNCACHED, CompensatorConfig
 from slipstream.host.quant_loras import quantised_modules
 from slipstream.host.quantise import QuantWish, quantise
+from slipstream.host.segments import TURN, SwitchConfig
+from slipstream.host.switch import SwitchedRun, add_switch
 
 STEPS = 10
 
@@ -216,3 +219,90 @@ def test_h49_flow_and_noise_prediction_come_nearer(lab, bases, name):
     plain = relative(sample(lab, bases[name], steps=16, batch=2), full)
     model = compensated(lab, bases[name], 4, cached=False)
     assert relative(sample(lab, model, steps=16, batch=2), full) < 0.85 * plain
+
+
+# -- anchors on the large model of a switch, and on the uncached one -------------------------------------------------
+
+
+def stitched(lab, anchors: int = 2, cached: bool = False, **options):
+    """(a small model that hands over to the large one, the small one by itself, for its report)."""
+    small = add_compensator(emoji.load_small_flux(), CompensatorConfig("none", anchors, node_id="e", **options))
+    if cached:
+        small = lab.every(small, 2, node="ec")
+    return add_switch(small, lab.flux, SwitchConfig(0.7)), small
+
+
+def test_h02_h12_h13_h14_h15_a_switched_run_with_anchors_is_the_same_again(lab):
+    model, small = stitched(lab)
+    results = [sample(lab, model), sample(lab, model, size=(8, 24)), sample(lab, model, steps=14)]
+    other, _ = stitched(lab, 1)
+    sample(lab, other)
+    again = [sample(lab, model, steps=14), sample(lab, model, size=(8, 24)), sample(lab, model)]
+    assert all(torch.equal(a, b) for a, b in zip(results, reversed(again), strict=True))
+    at_work(lab, small, False)
+
+
+@pytest.mark.parametrize("memory", ["swap", "keep both"])
+@pytest.mark.parametrize("error", [comfy.model_management.InterruptProcessingException, Stopped])
+def test_h04_h05_h07_a_stopped_switched_run_leaves_nothing(lab, error, memory):
+    def alive():
+        gc.collect()
+        return {id(o) for o in gc.get_objects() if type(o) in (Compensator, Carried, SwitchedRun)}
+
+    _, small = stitched(lab)
+    model = add_switch(small, lab.flux, SwitchConfig(0.7, memory=memory))
+    clean, before = sample(lab, model), alive()
+
+    def stop(index, *_):
+        if index == 2:  # after the first anchor
+            raise error()
+
+    with pytest.raises(error):
+        sample(lab, model, callback=stop)
+    assert alive() <= before and TURN.get() is None
+    assert torch.equal(sample(lab, model), clean)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_h08_split_equals_batched_with_the_large_model(lab, split, cached):
+    model, small = stitched(lab, cached=cached)
+    batched = sample(lab, model, cfg=3.0)
+    split()
+    assert relative(sample(lab, model, cfg=3.0), batched) < 1e-5
+    at_work(lab, small, False)
+
+
+def test_h08_split_equals_batched_with_the_uncached_model(lab, split):
+    model = lab.every(add_compensator(lab.flux, CompensatorConfig("none", 2, node_id="e", reference=UNCACHED)), 4)
+    batched = sample(lab, model, cfg=3.0)
+    split()
+    assert relative(sample(lab, model, cfg=3.0), batched) < 1e-5
+    at_work(lab, model)
+
+
+@pytest.mark.parametrize("sampler", ["heun", "dpmpp_2m", "euler_ancestral"])
+def test_h40_h43_the_large_model_serves_every_sampler(lab, sampler):
+    model, small = stitched(lab)
+    full, result = sample(lab, lab.flux, sampler=sampler), sample(lab, model, sampler=sampler)
+    plain = sample(lab, add_switch(emoji.load_small_flux(), lab.flux, SwitchConfig(0.7)), sampler=sampler)
+    assert relative(result, full) < relative(plain, full)
+    assert len(at_work(lab, small, False)["compensation"]["anchors"]) == 2
+
+
+def test_h10_h21_h22_a_prompt_schedule_voids_what_the_large_model_told(lab, monkeypatch):
+    forgotten = []
+    forget = Compensator.forget
+    monkeypatch.setattr(Compensator, "forget", lambda self: (forgotten.append(self.carried.residual), forget(self))[1])
+    model, small = stitched(lab, 4)
+    assert sample(lab, model, positive=scheduled(), steps=16).isfinite().all()
+    at_work(lab, small, False)
+    assert any(residual is not None for residual in forgotten)
+
+
+def test_h44_h47_a_later_start_and_an_inpaint_mask_in_a_switched_run(lab):
+    model, small = stitched(lab)
+    latent, mask = sample(lab, lab.flux), torch.zeros(1, 1, 16, 16)
+    mask[..., :8] = 1.0
+    result = sample(lab, model, latent=latent, denoise=0.6, noise_mask=mask)
+    assert torch.allclose(result[..., 8:], latent[..., 8:], atol=1e-4)
+    at_work(lab, small, False)

@@ -98,7 +98,7 @@ def test_the_node_shows_what_was_chosen_and_how_much_is_kept(lab):
     lab.sample(model, steps=28)
     report = lab.report(model)
     text = events.node_text(report)
-    assert text.splitlines()[2] == "last-block features, first-block gate, Taylor 1"
+    assert text.splitlines()[2] == "last-block features from block 1, first-block gate 0.2, Taylor 1"
     assert text.splitlines()[1].endswith("saved, 0.2 MB")
     assert "computed" in text.splitlines()[0] and len(text.splitlines()) == 3
     automatic = lab.fast(lab.trained_unet)

@@ -20,6 +20,7 @@ from slipstream.host import patcher
 from slipstream.host.errors import SlipstreamError
 from slipstream.host.plan import CacheConfig, PredictorConfig
 from slipstream.host.run import Run
+from stacks import in_order
 
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = ["flux", "unet", "sd3"]
@@ -135,26 +136,6 @@ def test_h08_split_equals_batched_with_measured_decisions(lab, split):
     assert [e["action"] for e in together["trace"]] == [e["action"] for e in apart["trace"]]
     assert together["filled"] >= 8
     assert relative(separate, batched) < 1e-5
-
-
-def in_order(order):
-    """A model_function_wrapper that evaluates the conds of a batch one by one in the order given."""
-
-    def wrapper(apply_model, arguments):
-        count = len(arguments["cond_or_uncond"])
-        rows = arguments["input"].shape[0] // count
-        out = [None] * count
-        for i in sorted(range(count), reverse=order == "backward"):
-            part = slice(i * rows, (i + 1) * rows)
-            c = {k: v[part] if torch.is_tensor(v) else v for k, v in arguments["c"].items()}
-            options = dict(c["transformer_options"])
-            options["cond_or_uncond"] = [options["cond_or_uncond"][i]]
-            options["uuids"] = [options["uuids"][i]]
-            c["transformer_options"] = options
-            out[i] = apply_model(arguments["input"][part], arguments["timestep"][part], **c)
-        return torch.cat(out)
-
-    return wrapper
 
 
 def test_h09_the_order_of_the_branches_does_not_matter(lab):

@@ -20,11 +20,19 @@ from slipstream.host.calibrate import calibrate, summary
 from slipstream.host.corrections import THETA, as_extras, correction_of, merged, moments_of
 from slipstream.host.errors import SlipstreamError
 from slipstream.host.patcher import add_cache, add_compensator, plan_of
-from slipstream.host.plan import ORIGINAL, CacheConfig, CompensatorConfig, Plan, check_compensator
+from slipstream.host.plan import (
+    LARGE_MODEL,
+    ORIGINAL,
+    UNCACHED,
+    CacheConfig,
+    CompensatorConfig,
+    Plan,
+    check_compensator,
+)
 from slipstream.host.quant_loras import quantised_modules
 from slipstream.host.quantise import QuantWish, quantise
 from slipstream.host.recording import Job, Wish
-from slipstream.host.segments import SwitchConfig
+from slipstream.host.segments import TURN, SwitchConfig
 from slipstream.host.switch import add_switch
 
 STEPS = 8
@@ -266,15 +274,142 @@ def test_a_quantised_models_profile_says_where_anchors_go(lab, folder, flux4):
     assert told(lab, model)["anchors"] == list(solved)
 
 
-def test_on_one_model_of_a_switched_run(lab, flux4):
-    """Anchors work in a segment as in a run of its own, and strength 0 is no node there too."""
-    small = emoji.load_small_flux()
+def test_on_one_model_of_a_switched_run(lab, flux4, small):
+    """Anchors work in a segment as in a run of its own, all of them there, and strength 0 is no node there too."""
 
-    def switched(model):
-        return sample(lab, add_switch(small, model, SwitchConfig(0.25)), steps=16)
+    def stitched(model):
+        return sample(lab, switched(small, model, 0.25), steps=16)
 
-    full, plain = switched(lab.flux), switched(flux4)
+    full, plain = stitched(lab.flux), stitched(flux4)
     model = with_anchors(flux4, 3)
-    assert psnr(switched(model), full) > psnr(plain, full) + 0.5
-    assert told(lab, model)["anchors"] and lab.report(model)["evaluations"] == 12
-    assert torch.equal(switched(with_anchors(flux4, 3, strength=0.0)), plain)
+    assert psnr(stitched(model), full) > psnr(plain, full) + 0.5
+    assert told(lab, model)["anchors"] == [5.0, 7.0, 11.0] and lab.report(model)["evaluations"] == 12
+    assert torch.equal(stitched(with_anchors(flux4, 3, strength=0.0)), plain)
+
+
+# -- the large model of a switch, and the uncached one ---------------------------------------------------------------
+
+
+def switched(small, large, at: float = 0.5, **options):
+    return add_switch(small, large, SwitchConfig(at, node_id="s", **options))
+
+
+@pytest.fixture(scope="module")
+def small():
+    return emoji.load_small_flux()
+
+
+def test_a_small_model_is_corrected_by_the_large_one_it_hands_over_to(lab, small):
+    """Two anchors of the large model serve all early steps, far better than so many more steps of it would."""
+    full, plain, earlier = (
+        sample(lab, m, batch=2, steps=16)
+        for m in (lab.flux, switched(small, lab.flux), switched(small, lab.flux, 0.375))
+    )
+    corrected = add_compensator(small, CompensatorConfig("none", 2, node_id="e"))
+    model = switched(corrected, lab.flux)
+    with lab.calls(lab.flux) as large:
+        result = sample(lab, model, batch=2, steps=16)
+    assert psnr(result, full) > max(psnr(plain, full), psnr(earlier, full)) + 2.0
+    assert torch.equal(sample(lab, model, batch=2, steps=16), result)
+    account = told(lab, corrected)
+    assert len(large) == 10 and account["anchors"] == [1.0, 3.0] and account["reference"] == LARGE_MODEL
+    assert account["reference_bytes"] == lab.flux.model_size() and account["anchor_seconds"] > 0
+    assert "2 anchors on the large model of a switch" in events.node_text(lab.report(corrected))
+    run = events.last_report(Nodes(("s",)))
+    assert [(s["evaluations"], s["anchors"]) for s in run["segments"]] == [(8, 0), (8, 2)] and run["swaps"] == 5
+    assert "8 + 2 anchors on" in run["note"] and [e["anchor"] for e in run["trace"]].count(True) == 2
+    assert torch.equal(sample(lab, switched(small, lab.flux), batch=2, steps=16), plain)
+
+
+class Nodes:
+    def __init__(self, node_ids):
+        self.node_ids = node_ids
+
+
+def test_a_small_model_behind_the_large_one_and_one_of_the_other_kind_of_noise(lab, small):
+    """The small one later in the run; a U-Net that predicts noise where the large one predicts a flow, both ways."""
+    full = sample(lab, lab.flux, steps=12)
+    for model in (small, lab.trained_unet):
+        plain = sample(lab, switched(lab.flux, model, 0.75), steps=12)
+        corrected = add_compensator(model, CompensatorConfig("none", 3, node_id="e"))
+        result = sample(lab, switched(lab.flux, corrected, 0.75), steps=12)
+        assert told(lab, corrected)["anchors"] == pytest.approx([9, 10, 11], abs=0.2)
+        assert relative(result, full) < 1e-3 < relative(plain, full)
+    corrected = add_compensator(lab.trained_unet, CompensatorConfig("none", 2, node_id="e"))
+    result = sample(lab, switched(corrected, lab.flux), steps=12, scheduler="normal")
+    assert result.isfinite().all() and len(told(lab, corrected)["anchors"]) == 2
+
+
+def test_the_large_model_is_not_asked_about_noise_it_does_not_know(lab, small):
+    corrected = add_compensator(small, CompensatorConfig("none", 1, node_id="e"))
+    sample(lab, switched(corrected, lab.trained_unet), steps=8)  # a flow begins at noise that is infinite to a U-Net
+    assert told(lab, corrected)["anchors"] == [1.0]
+    early, plain = (switched(model, lab.trained_unet, 3 / 32) for model in (corrected, small))
+    assert torch.equal(sample(lab, early, steps=32), sample(lab, plain, steps=32))
+    assert "knows noise only up to 14.6" in events.node_text(lab.report(corrected))
+
+
+@pytest.mark.parametrize(
+    ("options", "joined", "words"),
+    [
+        ({"reference": LARGE_MODEL}, False, "no Hybrid Model Switch joins this model"),
+        ({"reference": UNCACHED}, False, "no evaluation was filled by a cache"),
+        ({"anchors": -1}, True, "no anchors at 4 steps"),
+        ({"strength": 0.0}, True, ""),
+    ],
+)
+def test_without_another_model_or_a_fill_nothing_changes(lab, small, options, joined, words):
+    corrected = add_compensator(small, CompensatorConfig(**{"profile": "none", "anchors": 2, "node_id": "e"} | options))
+    join = (lambda m: switched(m, lab.flux)) if joined else (lambda m: m)
+    assert torch.equal(sample(lab, join(corrected)), sample(lab, join(small)))
+    assert words in events.node_text(lab.report(corrected))
+
+
+def test_an_error_in_the_large_model_at_an_anchor_ends_the_run_clean(lab, small):
+    corrected = add_compensator(small, CompensatorConfig("none", 2, node_id="e"))
+    clean = sample(lab, switched(corrected, lab.flux))
+    broken = lab.flux
+
+    def failing(arguments, extra):
+        raise RuntimeError("out of memory")
+
+    broken.set_model_patch_replace(failing, "dit", "double_block", 1)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        sample(lab, switched(corrected, broken))
+    assert TURN.get() is None
+    assert torch.equal(sample(lab, switched(corrected, lab.flux)), clean)
+
+
+@pytest.mark.parametrize(
+    ("name", "site"),
+    [("flux", "model output"), ("flux", "block stack"), ("flux", "last block"), ("trained_unet", "U-Net depth")],
+)
+def test_uncached_anchors_at_every_fill_are_the_full_model(lab, name, site):
+    base = getattr(lab, name)
+    cached = lab.every(base, 2, site=site)
+    model = add_compensator(cached, CompensatorConfig("none", 12, node_id="e", reference=UNCACHED))
+    full, result = sample(lab, base, steps=12), sample(lab, model, steps=12)
+    assert relative(result, full) < 1e-5 < relative(sample(lab, cached, steps=12), full)
+    report = lab.report(model)
+    assert report["filled"] >= 3 and len(set(told(lab, model)["anchors"])) == report["filled"]
+    assert "anchors on the uncached model" in events.node_text(report)
+
+
+def test_reuse_from_an_uncached_anchor_on_is_reuse_from_a_computed_evaluation(lab):
+    """docs/compensation.md: d_0 + (d_a - d_0) = d_a, so such an anchor is one more computed evaluation."""
+    cached = lab.every(lab.flux, 5, predictor=None)
+    model = add_compensator(cached, CompensatorConfig("none", 1, node_id="e", reference=UNCACHED))
+    slopes, sigmas = [], []
+
+    def see(step, denoised, x, _):
+        slopes.append((x, denoised))
+
+    sample(lab, model, steps=16, callback=see)
+    trace = lab.report(model)["trace"]
+    sigmas = [e["sigma"] for e in trace]
+    slopes = [(x - denoised) / sigma for (x, denoised), sigma in zip(slopes, sigmas, strict=True)]
+    (anchor,) = [e["index"] for e in trace if e["anchor"]]
+    assert trace[anchor]["action"] == trace[anchor + 1]["action"] == "reused"
+    assert relative(slopes[anchor + 1], slopes[anchor]) < 1e-4
+    after = next(e["index"] for e in trace[anchor:] if e["action"] == "computed")
+    assert all(e["correction"] is None for e in trace[after:])

@@ -492,7 +492,7 @@ def test_bad_wishes(lab, flux4):
         (QuantWish("q4_k"), "no format 'q4_k'"),
         (QuantWish(rank=500), "rank is 500"),
         (QuantWish(act_bits=5), "5 bit"),
-        (QuantWish(guard_db=-1), "guard_db is -1"),
+        (QuantWish(guard_db=-1), "quality_guard is -1"),
         (QuantWish(evaluations=0, calibration=FIRST_RUN), "evaluations is 0"),
         (QuantWish(gptq=True), "gptq needs inputs"),
         (QuantWish(calibration=FIRST_RUN, layers="img_mlp"), "img_mlp"),
@@ -596,7 +596,7 @@ def test_the_summary_in_words(lab, flux4):
     text = summary(flux4)
     assert text.startswith(f"{len(quantised(flux4).layers)} layers in 4 bit (")
     assert f"{flux4.model_size() / 1e6:.1f} MB instead of {lab.flux.model_size() / 1e6:.1f} MB" in text
-    assert "branch of rank 32, made without data" in text and "guard" not in text
+    assert "Inputs rotated, a 16-bit branch of rank 32, made without data" in text and "guard" not in text
     guarded = quantise(lab.flux, QuantWish(guard_db=24))
     assert "in 8 bit" in summary(guarded) and "guard: " in summary(guarded) and "is below 24 dB" in summary(guarded)
     assert summary(lab.flux) == "not quantised"
