@@ -69,7 +69,7 @@ class Peer:
 
 
 OURS = {
-    "Cache Loader": {"cache": {"preset": "Balanced"}},
+    "Cache Loader (Fast)": {"cache": {"preset": "Fast"}},
     "Cache Loader + Taylor Predictor": {"cache": {"preset": "Balanced"}, "predictor": {}},
     "Cache Loader (Fast) + Taylor Predictor": {"cache": {"preset": "Fast"}, "predictor": {}},
 }

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..engine.anchors import DECAY, Carried, automatic, placed
+from ..engine.anchors import DECAY, Carried, placed
 from ..engine.correctors import corrected
 from ..engine.predictors import SAME_TIME
 from ..engine.profile import Profile, ProfileError
@@ -146,15 +146,17 @@ class Compensator:
         turn = TURN.get()
         first, last = (0, self.clock.steps) if turn is None else (turn.first, turn.last)
         steps = last - first
-        wanted = self.config.anchors if self.config.anchors >= 0 else automatic(steps)
+        wanted = self.config.anchors
         if not wanted:
-            if self.config.anchors < 0 and not self.reference.why_not:
-                self._say(f"no anchors at {steps} steps, each would cost more than a tenth")
             return
         if self.reference.why_not:
             # who asks for anchors, or has a quantised model, is told; on others `auto` is simply none
-            if self.config.anchors > 0 or self.reference.expected:
+            if wanted > 0 or self.reference.expected:
                 self._say(f"no anchors: {self.reference.why_not}")
+            return
+        wanted = wanted if wanted > 0 else self.reference.anchors(self.clock.steps, steps)
+        if not wanted:
+            self._say(f"no anchors at {steps} steps, each would cost more than a tenth")
             return
         if not self.clock.decreasing:
             self._say("no anchors: the sigmas of this run are not a falling schedule")

@@ -17,10 +17,20 @@ MARKS = {
     "taylorseer": "TaylorSeer",
     "cache_dit": "CacheDiT",
     "cachedit": "CacheDiT",
+    "ltx2_cache": "CacheDiT",
+    "wan_cache": "CacheDiT",
     "hicache": "HiCache",
     "spectrum": "Spectrum",
     "fbcache": "First Block Cache",
     "meancache": "MeanCache",
+}
+
+# Some leave no mark but the one function around the network; the node class that made it stands in its name.
+MAKERS = {
+    "fbcache": "First Block Cache",
+    "taylorseer": "TaylorSeer",
+    "teacache": "TeaCache",
+    "magcache": "MagCache",
 }
 
 
@@ -39,7 +49,8 @@ def other_cache(model_options: Mapping, wrappers: Mapping) -> str | None:
     for mark, name in MARKS.items():
         if any(key == mark or key.startswith((mark + "_", mark + ".", mark + "-")) for key in names):
             return name
-    return None
+    maker = getattr(model_options.get("model_function_wrapper"), "__qualname__", "").lower()
+    return next((name for mark, name in MAKERS.items() if mark in maker), None)
 
 
 def refuse_other_cache(node: str, model_options: Mapping, wrappers: Mapping) -> None:

@@ -101,8 +101,14 @@ def save(name: str, profile: Profile) -> str:
             f"Calibrate: '{name}' is no file name; use letters, digits, spaces, dots, dashes and underscores."
         )
     folder = Path(folder_paths.get_folder_paths(FOLDER)[0])
-    folder.mkdir(parents=True, exist_ok=True)
-    profile.save(folder / file)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        profile.save(folder / file)
+    except OSError as error:
+        raise SlipstreamError(
+            f"Calibrate: {file} could not be written ({error.strerror or error}); check room and rights of "
+            f"models/{FOLDER}."
+        ) from error
     # The host lists a folder anew when its time changes, and two changes within one clock tick look like one.
     folder_paths.filename_list_cache.pop(FOLDER, None)
     return file

@@ -351,20 +351,18 @@ def _finite(value):
 
 def _save(numbers: dict, tiles: list[Tile], text: str, prefix: str) -> tuple[Tensor, str, Saved]:
     card = draw(numbers, tiles)
-    output = folder_paths.get_output_directory()
+    output, written = folder_paths.get_output_directory(), None
     try:
         folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(prefix, output)
         stem = f"{name}_{counter:05}_"
         written = Path(folder, stem + ".json")
         write_whole(written, text.encode())
+        write_whole(Path(folder, stem + ".png"), card)
     except Exception as error:  # the host refuses a path out of its folder with the bare class
+        if written is not None:
+            written.unlink(missing_ok=True)
         why = getattr(error, "strerror", None) or "it is no name below the output folder"
         raise SlipstreamError(
             f"{NODE}: the report cannot be written as '{prefix[:60]}' ({why}); choose another filename_prefix."
         ) from error
-    try:
-        write_whole(Path(folder, stem + ".png"), card)
-    except BaseException:
-        written.unlink(missing_ok=True)
-        raise
     return as_image(card), text, Saved(stem + ".png", subfolder)

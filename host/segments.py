@@ -120,11 +120,13 @@ class Larger:
     """The largest model of a run, for an evaluation by a smaller one.
 
     ask: its prediction of the clean latent in the place of the one that is being made; nbytes: of its weights, which
-    have to be on the device for that; why_not: why it cannot be asked here, empty where it can.
+    have to be on the device for that; share: of the smaller one's weights in these; why_not: why it cannot be asked
+    here, empty where it can.
     """
 
     name: str
     nbytes: int
+    share: float
     ask: Callable[[], Tensor]
     why_not: str = ""
 

@@ -279,7 +279,9 @@ class SwitchedRun:
             self._switch_to(*before, device)
             return result
 
-        return Larger(self.costs[other].name, patcher.model_size(), ask, why_not)
+        own = self.base if self.views[place] is None else self.views[place].patcher
+        nbytes = patcher.model_size()
+        return Larger(self.costs[other].name, nbytes, own.model_size() / nbytes, ask, why_not)
 
     def _switch_to(self, view: View | None, cost: Cost, device: torch.device) -> None:
         """Give the device to the model of this span. The host's manager moves weights and makes room."""

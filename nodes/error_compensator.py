@@ -23,15 +23,20 @@ class ErrorCompensator(io.ComfyNode):
             ),
             search_aliases=["correction", "quality", "anchors", "ptqd", "tcec", "ertacache", "cachequant", "w4a4"],
             inputs=[
-                io.Model.Input("model"),
+                io.Model.Input(
+                    "model",
+                    tooltip=(
+                        "After W4A4 Quantize or a Cache Loader, or behind the small model of a Hybrid Model Switch."
+                    ),
+                ),
                 widget(
                     io.Combo.Input,
                     "profile",
                     options=profiles.names(),
                     default=profiles.AUTO,
                     tooltip=(
-                        "A calibration made with correction_statistics on. auto: the Cache Loader's, where it has a "
-                        "correction. none: anchors alone, which need no file."
+                        "A calibration made with correction_statistics on. Leave it at auto: the Cache Loader's, where "
+                        "it has a correction. none: anchors alone, which need no file."
                     ),
                 ),
                 widget(
@@ -53,7 +58,9 @@ class ErrorCompensator(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.05,
-                    tooltip="How much of the correction is applied. 1 is all; 0 does nothing at all, to compare.",
+                    tooltip=(
+                        "How much of the correction is applied. Try 1, all of it; 0 does nothing at all, to compare."
+                    ),
                 ),
                 widget(
                     io.Combo.Input,
@@ -62,8 +69,8 @@ class ErrorCompensator(io.ComfyNode):
                     default="auto",
                     advanced=True,
                     tooltip=(
-                        "auto: what Calibrate found to help, and nothing where nothing did. off: anchors alone. The "
-                        "others demand that the profile was fitted with that method."
+                        "Leave it at auto: what Calibrate found to help, and nothing where nothing did. off: anchors "
+                        "alone. The others demand that the profile was fitted with that method."
                     ),
                 ),
                 widget(
@@ -74,9 +81,9 @@ class ErrorCompensator(io.ComfyNode):
                     default=REFERENCES[0],
                     advanced=True,
                     tooltip=(
-                        "What is asked at anchors. 8-bit copy: made at the first one, kept in RAM, as good as the "
-                        "original weights. large model: of the Hybrid Model Switch behind this small one. uncached: "
-                        "at steps a cache fills. auto: the copy, or the large model."
+                        "What is asked at anchors. Leave it at auto: the copy, or the large model. 8-bit copy: made at "
+                        "the first one, kept in RAM, as good as the original weights. large model: of the Hybrid Model "
+                        "Switch behind this small one. uncached: at steps a cache fills."
                     ),
                 ),
             ],

@@ -47,7 +47,9 @@ class Report(io.ComfyNode):
                     io.String.Input,
                     "filename_prefix",
                     default="slipstream/report",
-                    tooltip="Picture and JSON are written to the output folder under this name.",
+                    tooltip=(
+                        "Picture and JSON are written to the output folder under this name, such as slipstream/report."
+                    ),
                 ),
                 io.Conditioning.Input(
                     "positive", optional=True, tooltip="This and the following as in your sampler, to sample here."
@@ -73,8 +75,8 @@ class Report(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Image.Output(display_name="card"),
-                io.String.Output(display_name="json"),
+                io.Image.Output(display_name="card", tooltip="The picture with everything on it, as it was written."),
+                io.String.Output(display_name="json", tooltip="All numbers, as in the file beside the picture."),
             ],
             hidden=[io.Hidden.unique_id],
         )  # fmt: skip

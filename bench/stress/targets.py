@@ -91,7 +91,7 @@ class Profiles(Target):
 
         def run() -> None:
             profile = Profile.from_bytes(data, NAME)
-            for sigmas in (profile.sigmas, (1.0, 0.7, 0.2, 0.0), (14.6, 1.0, 0.0)):
+            for sigmas in (profile.sigmas, (1.0, 0.7, 0.2, 0.0)):
                 profile.keys_for(sigmas)
                 profile.rows_for(sigmas)
             for factor in (0.5, 1.0, 2.0):

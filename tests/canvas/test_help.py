@@ -9,6 +9,8 @@ from canvas.page import SETTINGS, Canvas, ask, chromium
 from demo.server import Server
 
 NODE = "SlipstreamCacheLoader"
+# Frontends before this one drop every pack's translated names when they load a language (ComfyUI_frontend, pull 7214).
+NAMES_KEPT = (1, 36)
 EMPTY = {"version": 0.4, "nodes": [], "links": [], "groups": [], "config": {}, "extra": {}}
 WORDS = {
     "en": ("Cache Loader", "drift_budget", "Skips the model at steps", "1 computed1 forecast", "nothing is skipped"),
@@ -20,6 +22,13 @@ WORDS = {
         "没有跳过：误差预算为 0",
     ),
 }
+ADD = """(kind) => {
+    const node = LiteGraph.createNode(kind)
+    node.pos = [500, 300]
+    app.graph.add(node)
+    app.canvas.ds.reset()
+    app.canvas.setDirty(true, true)
+}"""
 # What the server would send of a run of two evaluations.
 RUN = """(id) => {
     const cell = (index, action) =>
@@ -40,11 +49,8 @@ def browser():
 
 @pytest.fixture(scope="module")
 def server(browser, tmp_path_factory):
-    """The server's address; its canvas' settings are afterwards what they were."""
     with Server(tmp_path_factory.mktemp("help") / "log.txt") as url:
-        before = ask(f"{url}/settings")
         yield url
-        ask(f"{url}/settings", {"Comfy.Locale": "en", **before})
 
 
 @pytest.mark.parametrize("language", WORDS)
@@ -55,13 +61,16 @@ def test_help_names_and_strip_speak_the_users_language(browser, server, language
     context = browser.new_context(viewport={"width": 1400, "height": 900})
     canvas = Canvas(context, server)
     canvas.load(EMPTY)
-    canvas.run("(kind) => { app.graph.add(LiteGraph.createNode(kind)) }", NODE)
+    canvas.run(ADD, NODE)
     node = canvas.run(
         """() => {
             const node = app.graph.nodes[0]
             return { id: node.id, title: node.title, labels: node.widgets.map((widget) => widget.label ?? widget.name) }
         }"""
     )
+    version = canvas.run("() => window.__COMFYUI_FRONTEND_VERSION__")
+    if language != "en" and tuple(int(part) for part in version.split(".")[:2]) < NAMES_KEPT:
+        title, name = WORDS["en"][:2]
     assert node["title"] == title and name in node["labels"]
 
     canvas.run(RUN, node["id"])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import math
+import re
 
 import comfy.context_windows
 import comfy.model_management
@@ -24,6 +25,7 @@ from slipstream.host.compensate import Compensator
 from slipstream.host.errors import SlipstreamError
 from slipstream.host.patcher import add_cache, add_compensator, add_predictor
 from slipstream.host.plan import KINDS, ORIGINAL, CacheConfig, CompensatorConfig, PredictorConfig
+from slipstream.host.quant_layers import planned
 from slipstream.host.quant_loras import quantised_modules
 from slipstream.host.quantise import QuantWish, quantise
 from slipstream.host.run import Run
@@ -31,6 +33,7 @@ from slipstream.host.segments import SwitchConfig
 from slipstream.host.switch import SwitchedRun, add_switch
 from slipstream.host.view import View
 from slipstream.quant import policy
+from slipstream.quant.formats import GROUP_SIZE
 from stacks import EVERYTHING, LOADED, SITUATIONS, STACKS, STEPS, Bench, Stack, apart, in_order
 
 FEW = pytest.mark.parametrize("stack", [LOADED, EVERYTHING], ids=str)
@@ -82,9 +85,8 @@ def test_every_stack_in_every_situation(bench, stack, situation):
     check(bench, stack, situation, bench.model(stack), True)
 
 
-SITES = [
-    Stack(f"4 bit, {site}", site, "Taylor", "canvas", True) for site in ("model output", "block stack", "last block")
-]
+PLACES = ("model output", "block stack", "last block")
+SITES = [Stack(f"{site} + Taylor + 4 bit + compensator", site, "Taylor", "canvas", True) for site in PLACES]
 
 
 @pytest.mark.long
@@ -355,14 +357,20 @@ def test_other_predictions_than_flow(bench, stack, prediction):
 # Families
 
 
-def whole(bench, base, twin, site: str):
-    """Quantised, compensated, cached and forecast, and half of the run on a second load that is the same."""
+def whole(bench, base, twin, site: str) -> tuple[object, bool]:
+    """Quantised, compensated, cached and forecast, and half of the run on a second load that is the same; and whether
+    no input of a layer is rounded."""
+    plan = planned(base, QuantWish("w4a16"))
+    names = [n for group in plan.groups.values() for n in group if plan.shapes[n][1] % GROUP_SIZE == 0]
+    # the rounded inputs of other layers differ with the last bit of a sum
+    wish = QuantWish("w4a16", layers="\n".join([*(f"^{re.escape(name)}$ = w4a16" for name in names), ". = keep"]))
+    wish = wish if names else QuantWish()
     sides = []
     for number, side in enumerate((base, twin)):
-        model = quantise(side, QuantWish("w4a16"))
+        model = quantise(side, wish)
         model = add_compensator(model, CompensatorConfig("none", 1, node_id=f"e{number}", reference=ORIGINAL))
         sides.append(bench.lab.every(model, 2, site=site, node=f"c{number}"))
-    return add_switch(*sides, SwitchConfig(0.5, node_id="s"))
+    return add_switch(*sides, SwitchConfig(0.5, node_id="s")), bool(names)
 
 
 def sample(model, name: str, steps: int = STEPS, latent=None) -> torch.Tensor:
@@ -384,14 +392,14 @@ def together(bench, name: str) -> None:
     base = families.make(name)
     plain = sample(base, name)
     try:
-        model = whole(bench, base, families.make(name), "auto")
+        model, exact = whole(bench, base, families.make(name), "auto")
     except SlipstreamError as error:
         assert "has no linear layer" in str(error)
         pytest.skip("its tiny network has no layer wide enough")
     result = sample(model, name)
     assert result.isfinite().all() and 0 < relative(result, plain) < 0.5
     at_work(bench, EVERYTHING)
-    if name not in NOT_INVARIANT:
+    if exact and name not in NOT_INVARIANT:
         with apart():
             assert relative(sample(model, name), result) < 1e-5
     assert torch.equal(sample(model, name), result)
@@ -440,9 +448,9 @@ def test_context_windows(bench, monkeypatch):
     models = [families.make("wan21") for _ in range(2)]
     for model in models:
         model.model_options["context_handler"] = handler
-    latent, plain = torch.zeros(1, 16, 5, 8, 8), None
+    latent = torch.zeros(1, 16, 5, 8, 8)
     plain = sample(models[0], "wan21", latent=latent)
-    model = whole(bench, *models, "last block")
+    model, _ = whole(bench, *models, "last block")
     result = sample(model, "wan21", latent=latent)
     at_work(bench, EVERYTHING)
     assert relative(result, plain) < 0.3

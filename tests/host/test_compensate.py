@@ -32,7 +32,8 @@ from slipstream.host.plan import (
 from slipstream.host.quant_loras import quantised_modules
 from slipstream.host.quantise import QuantWish, quantise
 from slipstream.host.recording import Job, Wish
-from slipstream.host.segments import TURN, SwitchConfig
+from slipstream.host.reference import LargeModel
+from slipstream.host.segments import TURN, Larger, SwitchConfig, Turn
 from slipstream.host.switch import add_switch
 
 STEPS = 8
@@ -324,6 +325,16 @@ def test_a_small_model_is_corrected_by_the_large_one_it_hands_over_to(lab, small
 class Nodes:
     def __init__(self, node_ids):
         self.node_ids = node_ids
+
+
+def test_auto_asks_the_large_model_for_a_tenth_of_the_run():
+    """Counted in its own evaluations: a run that is mostly the large model's can afford more of them."""
+    token = TURN.set(Turn(0, 12, Larger("large", 100, 0.3, lambda: None)))
+    try:
+        count = LargeModel().anchors
+        assert [count(30, 12), count(30, 24), count(8, 6), count(30, 4)] == [2, 1, 1, 0]
+    finally:
+        TURN.reset(token)
 
 
 def test_a_small_model_behind_the_large_one_and_one_of_the_other_kind_of_noise(lab, small):
