@@ -77,12 +77,15 @@ def locate(server: str) -> Address:
     address = _parse(entry["address"] if entry else server)
     listed = [(_parse(e["address"]), e) for e in known.values()]
     match = next((e for a, e in listed if (a.host, a.port) == (address.host, address.port)), None)
-    if not (match or _loopback(address.host) or _in_environment(address)):
+    named_here = bool(match) or _in_environment(address)
+    if not (named_here or _loopback(address.host)):
         raise SlipstreamError(
             f"{NODE}: {address.place} is not among the allowed servers; add it to user/{'/'.join(SETTINGS)} or to the "
             f"environment variable {HOSTS_VARIABLE} on this machine."
         )
-    token = _checked((match or {}).get("token") or os.environ.get(TOKEN_VARIABLE, ""))
+    # A workflow may name any port of this machine; only who is listed gets the token.
+    given = (match or {}).get("token") or (os.environ.get(TOKEN_VARIABLE, "") if named_here else "")
+    token = _checked(given)
     if token and address.scheme == "http" and not _loopback(address.host):
         raise SlipstreamError(
             f"{NODE}: the token for {address.place} would travel unencrypted over http; give it an https address."

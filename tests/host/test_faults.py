@@ -108,17 +108,20 @@ PLACES = {
 }
 
 
-@pytest.mark.parametrize("error", [OutOfMemory, MemoryError], ids=["device", "ram"])
-@pytest.mark.parametrize("place", PLACES)
+CASES = [pytest.param(place, OutOfMemory, id=f"{place}-device") for place in PLACES]
+CASES += [pytest.param(place, MemoryError, id=f"{place}-RAM") for place in ("storing a snapshot", "forecasting")]
+
+
+@pytest.mark.parametrize(("place", "error"), CASES)
 def test_h06_memory_that_runs_out_leaves_nothing(lab, flux4, monkeypatch, place, error):
     name, owner, function, at = PLACES[place]
     base, model = chain(lab, flux4, name)
-    run = functools.partial(lab.sample, steps=10, size=(8, 8))
+    run = functools.partial(lab.sample, steps=9, size=(8, 8))
     plain, clean, before = run(base), run(model), alive()
     with monkeypatch.context() as patch:
         broken = Broken(patch, owner, function, at, error)
         with contextlib.suppress(error, SlipstreamError):
-            lab.sample(model, steps=12)
+            lab.sample(model, steps=9, size=(8, 8))
         assert broken.hit, f"{function} was called {broken.calls} times"
     assert alive() <= before
     assert torch.equal(run(base), plain)
@@ -231,22 +234,20 @@ def test_h78_a_profile_that_is_damaged_or_gone_between_queue_and_run(lab, folder
     base, file = lab.flux, folders / profiles.FOLDER / NAME
     whole = profile_bytes(profiles.fingerprint(base))
     file.write_bytes(whole)
-    plain = lab.sample(base, steps=12)
+    plain = lab.sample(base, steps=9, size=(8, 8))
     model = patcher.add_cache(base, CacheConfig(node_id="1", profile=NAME))
-    clean = lab.sample(model, steps=12)
+    clean = lab.sample(model, steps=9, size=(8, 8))
     flipped = [whole[:i] + bytes([whole[i] ^ 0x41]) + whole[i + 1 :] for i in (0, 7, 12, 60)]
     for data in (*every_cut(whole), *flipped, b"", None):
         file.unlink(missing_ok=True)
         if data is not None:
             file.write_bytes(data)
         with pytest.raises(SlipstreamError, match=r"^Cache Loader: [^\n]*kept\.safetensors"):
-            lab.sample(model, steps=12)
-        # a profile that nobody asked for by name is passed over
-        auto = patcher.add_cache(base, CacheConfig(node_id="1", profile="auto", preset="Off"))
-        assert torch.equal(lab.sample(auto, steps=12), plain)
-    assert torch.equal(lab.sample(base, steps=12), plain)
+            lab.sample(model, steps=9, size=(8, 8))
+        assert profiles.fitting("", "", "", "", (1.0, 0.0)) == (None, None)  # what nobody named is passed over
+    assert torch.equal(lab.sample(base, steps=9, size=(8, 8)), plain)
     file.write_bytes(whole)
-    assert torch.equal(lab.sample(model, steps=12), clean)
+    assert torch.equal(lab.sample(model, steps=9, size=(8, 8)), clean)
 
 
 def test_h78_a_model_file_that_changes_after_it_was_loaded(lab, folders):

@@ -293,6 +293,12 @@ def test_the_token_is_sent_only_where_it_belongs_and_shown_nowhere(lab, proxy, m
     model, first, wanted = whole(lab)
     proxy.fault = lambda seen, forward: None if seen.token == f"Bearer {secret}" else answer(401)
     segment, said = RemoteSegment(proxy.url, FLUX), []
+    monkeypatch.setenv(TOKEN_VARIABLE, secret)  # a port of this machine that nobody listed gets none
+    with pytest.raises(SlipstreamError, match="it wants a token"):
+        segment.sample(lab.latent(model), first, model)
+    assert all(not seen.token for seen in proxy.seen)
+    monkeypatch.delenv(TOKEN_VARIABLE)
+    monkeypatch.setenv(HOSTS_VARIABLE, "127.0.0.1")
     for wrong, words in ((None, "it wants a token"), ("wrong" + secret, "the token was refused")):
         if wrong:
             monkeypatch.setenv(TOKEN_VARIABLE, wrong)
@@ -353,6 +359,7 @@ def test_only_allowed_servers_are_called(proxy, monkeypatch, tmp_path):
 
 def test_a_redirect_to_another_host_is_not_followed(lab, proxy, running, monkeypatch):
     monkeypatch.setenv(TOKEN_VARIABLE, "secret")
+    monkeypatch.setenv(HOSTS_VARIABLE, "127.0.0.1")
     model, first, _ = whole(lab)
     with Faulty(running.url) as other:
         for code in (301, 302, 303, 307, 308):
@@ -442,6 +449,7 @@ def test_through_comfy_api_proxy(lab, proxy, running, monkeypatch, tmp_path):
         with pytest.raises(SlipstreamError, match="it wants a token"):
             segment.sample(lab.latent(model), first)
         monkeypatch.setenv(TOKEN_VARIABLE, "sesame")
+        monkeypatch.setenv(HOSTS_VARIABLE, "127.0.0.1")
         proxy.fault = once("POST", "/v2/jobs", drop_answer)
         done, report = segment.sample(lab.latent(model), first)
         assert torch.equal(done, wanted) and report.submissions == proxy.count("POST", "/v2/jobs") == 1

@@ -25,7 +25,7 @@ from shipped import ROOT, shipped
 from slipstream.host import profiles, pruned, quant_files, quant_load, remote, sharing, strip
 from slipstream.host.errors import SlipstreamError
 from slipstream.host.remote import Here, RemoteSegment, sample_latent
-from slipstream.host.remote_http import TOKEN_VARIABLE
+from slipstream.host.remote_http import HOSTS_VARIABLE, TOKEN_VARIABLE
 from slipstream.host.remote_job import Part, RemoteModel
 
 SOURCES = [name for name in shipped() if name.endswith(".py")]
@@ -404,6 +404,7 @@ def quick(monkeypatch, tmp_path):
     monkeypatch.setattr(remote, "GRACE", 0.0)
     monkeypatch.setattr(folder_paths, "get_user_directory", lambda: str(tmp_path))
     monkeypatch.setenv(TOKEN_VARIABLE, SECRET)
+    monkeypatch.setenv(HOSTS_VARIABLE, "127.0.0.1")
 
 
 @pytest.mark.parametrize("way", WAYS)
