@@ -3,8 +3,8 @@
     python dev.py bench abuse [--actions 1000] [--seed 1] [--verbose]
 
 Writes bench/out/abuse.json. Two servers: one is abused, the other never sees a node of ours and gives the plain
-latents. The same seed gives the same actions, so a broken promise is repeated by the printed command; the user then goes on
-with an empty canvas.
+latents. The same seed gives the same actions, so a broken promise is repeated by the printed command; the user then
+goes on with an empty canvas.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .fidelity import PROMPTS as HELD_OUT
@@ -119,8 +120,8 @@ def quick_layers() -> None:
     formats.w4a4_linear = linear
 
 
-def cached(model, lab: Lab, order: int, computed: int = COMPUTED):
-    """The model with even key steps and reuse (order 0) or Taylor, as a profile and a Cache Loader do it."""
+def cached(model, lab: Lab, order: int, computed: int = COMPUTED, more: Sequence[float] = ()):
+    """The model with even key steps and `more`, and reuse (order 0) or Taylor, as a profile and Cache Loader do it."""
     import torch
     from slipstream.engine.profile import Profile
     from slipstream.engine.search import uniform
@@ -133,9 +134,9 @@ def cached(model, lab: Lab, order: int, computed: int = COMPUTED):
     model = add_cache(model, CacheConfig(node_id="b"))
     square = torch.eye(STEPS, dtype=torch.float64)
     nothing = Statistics(tuple(map(float, range(STEPS))), square, square, square[0])
-    profile = Profile(
-        uniform(STEPS, computed), lab.seen.values, nothing, "", "", f"{'newton' if order else 'reuse'} {order}"
-    )
+    keys = tuple(sorted({*uniform(STEPS, computed), *map(round, more)}))
+    rule = f"{'newton' if order else 'reuse'} {order}"
+    profile = Profile(keys, lab.seen.values, nothing, "", "", rule)
     model.set_attachments(PROFILE, profile)
     return model
 

@@ -44,7 +44,8 @@ CUSTOM = {"preset": "Custom", "drift_budget": 1.0, "max_skip": 2}
 CHAINS: dict[str, tuple[dict, list[tuple[str, dict]]]] = {
     "cache": ({}, [(CACHE, {})]),
     "cache, Taylor": ({}, [(CACHE, {"preset": "Fast"}), (TAYLOR, {})]),
-    "block stack, int8": ({}, [(CACHE, {**CUSTOM, "method": "interval", "site": "block stack", "cache_device": "int8"})]),
+    "block stack, int8": ({}, [(CACHE, {**CUSTOM, "method": "interval", "site": "block stack",
+                                        "cache_device": "int8"})]),
     "last block, per token": ({}, [(CACHE, {**CUSTOM, "method": "interval", "site": "last block"}),
                                    (TAYLOR, {"kind": "Per token", "order": 1})]),
     "guided batch": ({"cfg": 3.0, "batch": 2}, [(CACHE, {}), (TAYLOR, {"kind": "Hermite"})]),

@@ -142,6 +142,10 @@ class Profile:
     def _from(cls, header: dict, tensors: dict[str, Tensor]) -> Profile:
         if not isinstance(header, dict) or header.get("version") != VERSION:
             raise ProfileError("it was written by another version of Slipstream; calibrate again")
+        try:
+            json.dumps(header, allow_nan=False)  # as it is written when it travels on
+        except (ValueError, RecursionError):
+            raise ProfileError("it holds numbers that are not finite") from None
         statistics = [tensors.pop(name) for name in REQUIRED]
         if any(t.dtype != torch.float64 or not t.isfinite().all() for t in statistics):
             raise ProfileError("its statistics are not finite float64 tables")
@@ -165,7 +169,8 @@ class Profile:
     def relaxed(self, factor: float) -> Profile:
         """The same profile at the point of its frontier that computes least within `factor` times the error expected of
         its own key steps; as it is where the frontier has none."""
-        limit = factor * float(self.about.get("predicted_error", 0.0))
+        expected = self.about.get("predicted_error")
+        limit = factor * expected if isinstance(expected, float) else 0.0  # about is whatever the file holds
         allowed = [p for p in self.frontier if p.error <= limit]
         if factor == 1.0 or not allowed or self.blocks is not None:
             return self

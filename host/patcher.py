@@ -28,6 +28,7 @@ from .plan import (
     check_compensator,
     check_predictor,
 )
+from .precision import precision_of
 from .recipe import described, lacks, level_of, resolve
 from .run import Run
 from .sampling import Clock, Sampler, sampler_traits
@@ -194,6 +195,7 @@ def open_run(guider, args: tuple, kwargs: dict) -> Run:
         patcher.get_attachment(RECORDER),
         len(Blocks(network, row)),
     )
+    run.precision = precision_of(patcher)
     if alone:
         run.note = "there is no Cache Loader, so every step is computed"
     elif run.schedule is not None and run.schedule.probe is not None and patcher.get_additional_models_with_key(CARDS):

@@ -72,6 +72,7 @@ class Run:
             float(percent_to_sigma(p)) for p in (self.cache.start_percent, self.cache.end_percent)
         )
         self.label = label
+        self.precision = ""  # what the model computes with, in words
         self.predictor = self.recipe.predictor
         self.schedule = self.recipe.schedule
         self.probe = Probe.FORECAST if self.predictor.per_token else None

@@ -136,6 +136,7 @@ class Strips:
                 "prompt_id": prompt,
                 "workflow": workflow,
                 "steps": getattr(clock, "steps", 0),
+                "precision": getattr(run, "precision", ""),
             },
             # Without a workflow's name nobody else can tell whether the nodes are theirs.
             None if workflow else server.client_id,

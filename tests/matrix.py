@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ast
 import datetime
+import functools
 import json
 import re
 from collections import Counter, defaultdict
@@ -50,6 +51,7 @@ def named(name: str) -> tuple[str, ...]:
     return rows_of(re.sub(r"(h\d\d)_to_(h\d\d)", r"\1-\2", text).replace("_", " ").upper())
 
 
+@functools.cache
 def written() -> dict[str, set[Cell]]:
     """Every test function of the project that guards something, read from the files and not imported."""
     found = {}

@@ -263,6 +263,7 @@ class Strip {
       filled ? `${seconds(spent)}${say.comma}${say.saved(seconds(saved))}` : seconds(spent),
       ...(drift != null ? [say.off(percent(drift))] : []),
       ...(filled && bytes ? [say.cache(megabytes(bytes), place)] : []),
+      ...(run.precision ? [say.precision(run.precision)] : []),
     ]
     const resting = this.node.mode === BYPASSED || this.node.mode === MUTED
     const words = [

@@ -18,6 +18,7 @@ const ENGLISH = {
   avoided: (drift) => `a forecast would have been off by ${drift}`,
   saved: (time) => `saved ${time}`,
   cache: (size, place) => `cache ${size}${place ? ` (${place})` : ""}`,
+  precision: (words) => words,
   resting: "took no part in the last run; this is the one before",
   stopped: (done, steps) => `stopped after ${done} of ${steps}`,
   sampling: (number) => `sampling ${number} of this prompt`,
@@ -53,6 +54,8 @@ const CHINESE = {
   avoided: (drift) => `若用预测则偏差 ${drift}`,
   saved: (time) => `节省 ${time}`,
   cache: (size, place) => `缓存 ${size}${place ? `（${place}）` : ""}`,
+  precision: (words) =>
+    words.replace(/(\d+) layers in 4 bit, /, "$1 层为 4 bit，").replace(/(\S+) weights in (\S+)/, "$1 权重，$2 计算"),
   resting: "没有参与上一次运行，这里显示更早的一次",
   stopped: (done, steps) => `在第 ${done} 次停止，共 ${steps} 步`,
   sampling: (number) => `这次任务的第 ${number} 次采样`,

@@ -1,1 +1,1 @@
-"""What the benches abuse and soak share: a real server in a folder of its own, its stress nodes, and a made-up canvas."""
+"""What abuse, soak and fuzz share: a server in a folder of its own, stress nodes, a made-up canvas, hostile input."""

@@ -41,7 +41,7 @@ NODES: dict[str, dict[str, Sequence]] = {
         "rank": (16, 0, 32),
         "activations": ("4 bit", "8 bit"),
         "calibration": ("none", "none", "first run"),
-        "layers": ("", "img_mlp = w4a16", "single_blocks.0 = keep"),
+        "layers": ("", "mlp = w4a16", "0.proj = keep"),
         "quality_guard": (0.0, 15.0),
         "evaluations": (2, 8),
         "gptq": (False,),
@@ -95,7 +95,7 @@ class Space:
     model: Sequence[str] = ("tiny_flux_emoji.safetensors", "tiny_flux_emoji.safetensors", "tiny_sd15_emoji.safetensors")
     size: Sequence[tuple[int, int]] = ((64, 64), (64, 64), (96, 64))
     batch: Sequence[int] = (1, 1, 2)
-    steps: Sequence[int] = (6, 1, 2, 4, 5, 6, 7)
+    steps: Sequence[int] = (12, 1, 3, 6, 10, 12, 16)
     sampler: Sequence[str] = ("euler", "heun", "dpmpp_2m", "euler_ancestral", "uni_pc", "res_multistep", "dpm_2")
     scheduler: Sequence[str] = ("simple", "normal", "beta")
     cfg: Sequence[float] = (1.0, 1.0, 3.0)
@@ -128,7 +128,7 @@ class Canvas:
     def on(self, kind: str) -> Part | None:
         return next((part for part in self.wire if part.kind == kind and part.on), None)
 
-    # -- what a user does; what it was, or nothing where there is nothing to do it to ----------------------------------------------------------------------------------------
+    # -- what a user does: each says what it did, or nothing where there was nothing to do it to ---------------------
 
     def connect(self, rng: Random, kind: str | None = None) -> str:
         there = [part.kind for part in self.wire]

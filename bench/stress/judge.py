@@ -71,7 +71,8 @@ def not_a_sentence(error: Exception) -> str:
     kind, words = type(error).__name__, str(error)
     frames = traceback.extract_tb(error.__traceback__)
     ours = isinstance(error, SlipstreamError | NoAnswer) or (
-        isinstance(error, ValueError) and bool(frames)
+        isinstance(error, ValueError)
+        and bool(frames)
         and frames[-1].filename.startswith(OURS)
         and (frames[-1].line or "").startswith("raise")
     )

@@ -111,7 +111,8 @@ class User:
     async def two(self) -> str:
         """Two prompts in the queue, with a change between them."""
         first, before = self._graph(), self._copy()
-        edits = [getattr(self.canvas, name)(self.rng) for name in self.rng.choices(("widget", "setting", "bypass"), k=2)]  # fmt: skip
+        names = self.rng.choices(("widget", "setting", "bypass"), k=2)
+        edits = [getattr(self.canvas, name)(self.rng) for name in names]
         second = self._graph()
         outcomes = [(await self.session.post(graph))[1] for graph in (first, second)]
         after, self.canvas = self.canvas, before

@@ -97,7 +97,7 @@ def test_the_strip_fills_and_tells(demo):
     assert strip["shown"] > 40 and strip["curve"].count("L") >= 20
     computed = strip["bars"].count(COMPUTED)
     assert 8 <= computed <= 20 and strip["lines"][0].startswith(f"{computed} computed")
-    assert re.match(r"[\d.]+ m?s, saved [\d.]+ m?s · off by [\d.]+ % · cache [\d.]+ MB$", strip["lines"][1])
+    assert re.match(r"[\d.]+ m?s, saved [\d.]+ m?s · off by [\d.]+ % · cache [\d.]+ MB · fp32$", strip["lines"][1])
     assert "Taylor 1" in strip["lines"][2]
     assert strip["label"].startswith(f"Slipstream, 28 evaluations: {computed} computed")
     assert strip["titles"][0].startswith("Evaluation 1, step 1 of 28: computed")

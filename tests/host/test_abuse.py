@@ -13,12 +13,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, rule
 from slipstream.engine.history import History
-from slipstream.host.conflicts import MARKS
 from slipstream.host.errors import SlipstreamError
-from slipstream.host.plan import KINDS, METHODS, PRESETS, CacheConfig, CompensatorConfig, PredictorConfig
 from slipstream.host.patcher import add_cache, add_compensator, add_predictor
+from slipstream.host.plan import KINDS, METHODS, PRESETS, CacheConfig, CompensatorConfig, PredictorConfig
 from slipstream.host.quantise import QuantWish, quantise
 from slipstream.host.run import Run
 from slipstream.host.segments import SwitchConfig
@@ -31,6 +30,9 @@ SAMPLERS = ("euler", "dpmpp_2m", "heun")
 
 class Stopped(Exception):
     pass
+
+
+ERRORS = (Stopped, comfy.model_management.InterruptProcessingException, comfy.model_management.OOM_EXCEPTION)
 
 
 class Canvas(RuleBasedStateMachine):
@@ -97,9 +99,9 @@ class Canvas(RuleBasedStateMachine):
     @rule()
     def free(self):
         comfy.model_management.unload_all_models()
+        self.check_plain()
 
-    @rule(at=st.integers(0, 3), error=st.sampled_from(
-        [Stopped, comfy.model_management.InterruptProcessingException, comfy.model_management.OOM_EXCEPTION]))  # fmt: skip
+    @rule(at=st.integers(0, 3), error=st.sampled_from(ERRORS))
     def stop(self, at, error):
         """Cancelled or failed at a step."""
 
@@ -111,6 +113,7 @@ class Canvas(RuleBasedStateMachine):
             self.sample(self.model(), callback=callback)
         except (error, SlipstreamError):
             pass
+        self.check_plain()
 
     @rule()
     def queue(self):
@@ -125,15 +128,14 @@ class Canvas(RuleBasedStateMachine):
             assert found.isfinite().all()
         before = self.known.setdefault(key, found)
         assert before == found if isinstance(found, str) else torch.equal(before, found)
+        self.check_plain()
 
-    @invariant()
-    def a_plain_run_is_what_it_was(self):
+    def check_plain(self):
+        """A plain run is what it was before any of our nodes was used."""
         key = self.steps, self.sampler, self.cfg
         assert torch.equal(self.sample(self.lab.flux), self.plain[key])
 
-    @precondition(lambda self: self.quantised)
-    @invariant()
-    def nothing_of_a_run_is_alive(self):
+    def teardown(self):
         gc.collect()
         assert not [o for o in gc.get_objects() if type(o) in (Run, History)]
 
@@ -157,7 +159,7 @@ def wires(lab):
 
 def test_any_sequence_of_actions_leaves_plain_runs_bit_identical(wires):
     wires.TestCase.settings = settings(
-        max_examples=6, stateful_step_count=18, deadline=None, derandomize=True, database=None,
+        max_examples=4, stateful_step_count=20, deadline=None, derandomize=True, database=None,
         suppress_health_check=list(HealthCheck),
     )  # fmt: skip
     wires.TestCase("runTest").runTest()
@@ -183,11 +185,6 @@ def test_runs_leave_no_tensor_and_no_object_behind(wires, lab):
     assert len({count["tensors"] for count in counts[2:]}) == 1
     assert len({count["tensor_bytes"] for count in counts[2:]}) == 1
     assert counts[4]["objects"] - counts[2]["objects"] < 60  # 5 runs a cycle; a leaked one has hundreds
-
-
-def test_rivals_are_known_by_name():
-    """Every step cache that the abuse may put beside ours has a name in the refusal."""
-    assert {"EasyCache", "LazyCache"} <= set(MARKS.values())
 
 
 @pytest.mark.long

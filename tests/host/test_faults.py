@@ -34,8 +34,8 @@ from slipstream.kernels.choices import Choices
 from slipstream.quant import linear
 from slipstream.quant.files import Writer
 
+from bench.stress.fuzz_files import profile_bytes
 from bench.stress.mutate import every_cut
-from bench.stress.targets import profile_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
 NAME = "kept.safetensors"
@@ -91,7 +91,9 @@ def chain(lab, flux4, name: str):
     if name == "int8 cache":
         return lab.flux, lab.every(lab.flux, cache_device="int8")
     if name == "per token":
-        return lab.flux, lab.fast(lab.flux, method="interval", max_skip=2, drift_budget=1.0, predictor="Per token", order=1)
+        return lab.flux, lab.fast(
+            lab.flux, method="interval", max_skip=2, drift_budget=1.0, predictor="Per token", order=1
+        )
     return lab.flux, lab.every(lab.flux)
 
 

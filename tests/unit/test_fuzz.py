@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import math
 
 import pytest
 import torch
+from slipstream.host.account import _unexpected
 from slipstream.host.errors import HEAD, TAIL, SlipstreamError
 from slipstream.host.remote_job import parse_loras
 from slipstream.kernels.choices import Choices
@@ -16,7 +18,10 @@ from slipstream.quant.policy import parse_overrides
 
 from bench import fuzz
 from bench.stress import judge
-from bench.stress.targets import TARGETS, answered, execute
+from bench.stress.fuzz_files import profile_bytes
+from bench.stress.fuzz_requests import answered
+from bench.stress.fuzz_widgets import execute
+from bench.stress.targets import TARGETS
 
 DEEP = "[" * 10**5
 
@@ -43,12 +48,31 @@ def test_a_request_in_an_encoding_that_nobody_knows_is_answered():
     answered(sharing.post_profile, b"{}", {"Content-Type": "application/json; charset=nonsense"})
 
 
+def test_numbers_in_a_profile_that_are_none_are_refused_or_passed_over():
+    """NaN in what a profile tells of itself could be read and not written again; other kinds ended a run."""
+    from slipstream.engine.profile import Profile, ProfileError
+
+    whole = Profile.from_bytes(profile_bytes(), "x")
+    for odd in (None, "x", [], 10**400):
+        strange = dataclasses.replace(whole, about={**whole.about, "predicted_error": odd, "predicted_drift": odd})
+        read = Profile.from_bytes(strange.to_bytes(), "x")
+        assert read.relaxed(2.0) == read and _unexpected(read.about["predicted_drift"], [0.1]) == ""
+    damaged = dataclasses.replace(whole, about={"x": "NUMBER"}).to_bytes().replace(b'\\"NUMBER\\"', b"     NaN  ")
+    with pytest.raises(ProfileError, match="x cannot be used: it holds numbers that are not finite"):
+        Profile.from_bytes(damaged, "x")
+
+
 def test_a_line_of_a_hundred_thousand_blanks_takes_no_time():
     line = "a" + " " * 10**5 + "b"
     with judge.within(2.0):
         assert parse_loras(line) == ((line, 1.0),)
         assert parse_loras("x " + "9" * 10**5) == (("x " + "9" * 10**5, 1.0),)
-    assert parse_loras("a b.safetensors 0.5, c: -1, d=.5, 7") == (("a b.safetensors", 0.5), ("c", -1.0), ("d", 0.5), ("7", 1.0))
+    assert parse_loras("a b.safetensors 0.5, c: -1, d=.5, 7") == (
+        ("a b.safetensors", 0.5),
+        ("c", -1.0),
+        ("d", 0.5),
+        ("7", 1.0),
+    )
 
 
 @pytest.mark.parametrize("pattern", ["([a-z0-9_.]+)+!", "(a|aa)*b", ".*.*.*.*x", "a{1,9}b?c?d?", "x" * 400])
@@ -57,7 +81,9 @@ def test_layer_patterns_that_could_search_for_ever_are_refused(pattern):
         parse_overrides(f"{pattern} = keep")
 
 
-@pytest.mark.parametrize("pattern", [r"\(\)+", r"single_blocks\.(1|2)\d?\.", "[)]+x", "(?:img|txt)_mlp", "a(?=_mlp)", ".*mlp"])
+@pytest.mark.parametrize(
+    "pattern", [r"\(\)+", r"single_blocks\.(1|2)\d?\.", "[)]+x", "(?:img|txt)_mlp", "a(?=_mlp)", ".*mlp"]
+)
 def test_ordinary_layer_patterns_are_taken(pattern):
     assert parse_overrides(f"{pattern} = keep")[0].pattern == pattern
 
