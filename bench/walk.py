@@ -1,4 +1,4 @@
-"""The first-time walk: from an empty ComfyUI folder, by the README alone, to a faster picture, with the time of each step.
+"""The first-time walk: from an empty ComfyUI folder, by the README alone, to a faster picture, each step timed.
 
     python dev.py bench walk [--keep DIR] [--page]
 
@@ -11,10 +11,8 @@ writes docs/first_walk.md and its two pictures from all of them (--page: only th
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import os
-import platform
 import re
 import runpy
 import shutil
@@ -26,42 +24,35 @@ import time
 import urllib.request
 from contextlib import contextmanager
 from datetime import date
+from importlib import metadata
 from pathlib import Path
-
-from engine.files import write_whole
 
 from .boot import ROOT, register_torchvision_schemas
 from .rows import save
 from .walk_page import write_page
+from .walk_tab import Tab, likeness
 
 OUT = ROOT / "bench" / "out" / "walk.json"
 PICTURES = {name: ROOT / "docs" / f"walk_{name}.jpg" for name in ("before", "after")}
 PACK, SHIPPED_AS, DEMO = "ComfyUI-Slipstream", "slipstream", "slipstream_demo"
 MODEL = "tiny_flux_emoji.safetensors"
 TEMPLATE = "slipstream_flux_dev"
+LOADER, PREDICTOR = "SlipstreamCacheLoader", "SlipstreamTaylorPredictor"
 SEED = 7
+VIEW = 0.5, 90, 120  # scale, and where the graph's origin is on the canvas, in pixels
+PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check")
 STARTUP = 300  # seconds that the host may take to answer
 
-# Where a slot or a title bar is on the screen. Argument: [node's type, "input" | "output" | "title", slot's name].
-PLACE = """([kind, what, name]) => {
-    const node = app.graph.nodes.find((node) => node.type === kind)
-    const slots = what === "input" ? node.inputs : node.outputs
-    const [x, y] = what === "title" ? [node.pos[0] + 60, node.pos[1] - 14]
-        : node.getConnectionPos(what === "input", slots.findIndex((slot) => slot.name === name))
-    const { scale, offset } = app.canvas.ds, box = app.canvas.canvas.getBoundingClientRect()
-    return [box.left + (x + offset[0]) * scale, box.top + (y + offset[1]) * scale]
-}"""
-# [type, slot] that an input of a node is connected to.
-SOURCE = """([kind, name]) => {
-    const node = app.graph.nodes.find((node) => node.type === kind)
-    const id = node.inputs.find((input) => input.name === name)?.link
-    const link = id == null ? null : app.graph.links.get?.(id) ?? app.graph.links[id]
-    return link ? app.graph.getNodeById(link.origin_id).type : null
-}"""
-LAYOUT = {  # of the user's own workflow: room between loader and sampler
+# Of the user's own workflow, with room between loader and sampler: the graph's x and y.
+LAYOUT = {
     "UNETLoader": (0, 0), "SlipstreamDemoPrompt": (0, 150), "EmptySD3LatentImage": (0, 420),
-    "SlipstreamDemoVAE": (0, 600), "KSampler": (800, 0), "VAEDecode": (800, 350), "SaveImage": (800, 470),
+    "SlipstreamDemoVAE": (0, 600), "KSampler": (720, 0), "VAEDecode": (720, 350), "SaveImage": (720, 470),
 }  # fmt: skip
+REPORT_WIRES = (
+    (PREDICTOR, "MODEL", "model"), ("SlipstreamDemoVAE", "VAE", "vae"),
+    ("SlipstreamDemoPrompt", "CONDITIONING", "positive"), ("EmptySD3LatentImage", "LATENT", "latent_image"),
+    ("KSamplerSelect", "SAMPLER", "sampler"), ("BasicScheduler", "SIGMAS", "sigmas"),
+)  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -104,7 +95,8 @@ class Walk:
         self.folder = folder
         self.steps: list[dict] = []
         self.stumbles: list[str] = []
-        self.tab = None
+        self.pictures: dict[str, Path] = {}
+        self.tab: Tab | None = None
         self.url = ""
 
     @contextmanager
@@ -126,19 +118,23 @@ class Walk:
     def walk(self) -> dict:
         source = Path(os.environ["COMFYUI_PATH"]).resolve()
         copy_host(source, self.comfy)
-        before, load = library("torch"), os.getloadavg()[0]
+        before, load = torch_files(), os.getloadavg()[0]
         self.install()
         with self.server(), browser() as chromium:
             self.at_the_page(chromium)
         self.read_log()
         self.as_shipped()
-        if library("torch") != before:
+        if torch_files() != before:
             self.stumbles.append("torch is not what it was before")
         return {
-            "host": host_version(self.comfy), "frontend": library("comfyui_frontend_package"), "date": str(date.today()),
-            "cpu": f"{os.cpu_count()} cores, {platform.system()}", "load": [round(load, 1), round(os.getloadavg()[0], 1)],
-            "steps": self.steps, "stumbles": self.stumbles,
-        }  # fmt: skip
+            "host": host_version(self.comfy),
+            "frontend": metadata.version("comfyui_frontend_package"),
+            "date": str(date.today()),
+            "cores": os.cpu_count(),
+            "load": [round(load, 1), round(os.getloadavg()[0], 1)],
+            "steps": self.steps,
+            "stumbles": self.stumbles,
+        }
 
     def install(self) -> None:
         pack = self.packs / PACK
@@ -146,7 +142,9 @@ class Walk:
             run("git", "clone", "-q", ROOT, pack)
             seen.append(f"{megabytes(pack):.0f} MB, {megabytes(pack / '.git'):.0f} of them history")
         with self.step("`pip install -r requirements.txt`") as seen:
-            said = run(sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "-r", pack / "requirements.txt")
+            said = run(
+                sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "-r", pack / "requirements.txt"
+            )
             new = [line for line in said.splitlines() if line.startswith("Successfully installed")]
             seen.append(new[0] if new else "everything was there already")
         with self.step("The same in an environment that has nothing") as seen:
@@ -163,10 +161,10 @@ class Walk:
         run(sys.executable, "-m", "venv", place)
         python = place / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
         try:
-            run(python, "-m", "pip", "install", "-q", "--disable-pip-version-check", "-r", requirements)
+            run(python, *PIP[1:], "install", "-q", "-r", requirements)
         except RuntimeError:
             return "not measured: no package registry in reach"
-        listed = json.loads(run(python, "-m", "pip", "list", "--disable-pip-version-check", "--format", "json"))
+        listed = json.loads(run(python, *PIP[1:], "list", "--format", "json"))
         names = [entry["name"].lower() for entry in listed]
         if any("torch" in name for name in names):
             self.stumbles.append(f"requirements.txt pulls {', '.join(n for n in names if 'torch' in n)}")
@@ -183,8 +181,9 @@ class Walk:
             command = [sys.executable, "-m", "bench.walk", "--serve", self.comfy, "--cpu", "--port", str(port)]
             process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
             self.wait_for_server(process)
-            found = re.findall(r"([\d.]+) seconds(.*): .*[/\\](\S+)", self.text())
-            seen += [f"{seconds} s of these are the pack's{failed}" for seconds, failed, name in found if name in (PACK, SHIPPED_AS)]
+            for seconds, failed, pack in re.findall(r"([\d.]+) seconds(.*): .*[/\\](\S+)", self.text()):
+                if pack in (PACK, SHIPPED_AS):
+                    seen.append(f"{seconds} s of these are the pack's{failed}")
         try:
             yield
         finally:
@@ -213,57 +212,143 @@ class Walk:
 
     def at_the_page(self, chromium) -> None:
         with self.step("Open the page for the first time") as seen:
-            self.open(chromium)
-            count = self.templates()
-            seen.append(f"the template browser is open; at its left, under *Extensions*, stands {PACK} with {count}")
-        with self.step(f"Click {PACK}, then {TEMPLATE}") as seen:
-            seen.append(self.template(TEMPLATE))
-        with self.step("Open your own workflow (Ctrl+O)") as seen:
+            self.tab = tab = Tab(chromium, self.url, PACK)
+            names = tab.templates()
+            seen.append(f"the template browser is open; under *Extensions* stands {PACK} with {len(names)} templates")
+        with self.step(f"Click *{TEMPLATE}*") as seen:
+            seen.append(tab.template(TEMPLATE))
+        with self.step("Open your own workflow: Ctrl+O") as seen:
             path = self.folder / "my workflow.json"
             path.write_text(json.dumps(own_workflow()), encoding="utf-8")
-            self.open_file(path)
-            seen.append("model, prompts, KSampler with 28 euler steps, picture; no node of this pack in it")
-        with self.step("Press Run") as seen:
-            first = self.run_button()
-            seen.append(f"a picture after {first['seconds']:.1f} s, loading the model included")
-        with self.step("Type another seed, press Run") as seen:
-            self.tab.set("KSampler", seed=SEED)
-            plain = self.run_button()
+            tab.open_file(path)
+            tab.view(*VIEW)
+            seen.append("loader, prompts, KSampler with 28 euler steps, decoder, picture; no node of this pack in it")
+        with self.step("Press *Run*") as seen:
+            seen.append(f"a picture after {tab.press_run()['seconds']:.1f} s, the loading of the model included")
+        with self.step("Type another seed, press *Run*") as seen:
+            tab.set("KSampler", seed=SEED)
+            plain = tab.press_run()
             seen.append(f"a picture after {plain['seconds']:.2f} s")
         self.picture("before")
-        with self.step("Double click, type *Cache Loader*; again, *Taylor Predictor*; draw the three wires") as seen:
-            self.add("Cache Loader", "SlipstreamCacheLoader", 380, -20)
-            self.add("Taylor Predictor", "SlipstreamTaylorPredictor", 380, 540)
-            self.wire("UNETLoader", "MODEL", "SlipstreamCacheLoader", "model")
-            self.wire("SlipstreamCacheLoader", "MODEL", "SlipstreamTaylorPredictor", "model")
-            self.wire("SlipstreamTaylorPredictor", "MODEL", "KSampler", "model")
-            seen.append("everything left as it comes")
-        with self.step("Press Run, same seed") as seen:
-            fast = self.run_button()
-            strip = self.tab.wait(lambda strips: not strips["SlipstreamCacheLoader"]["busy"])["SlipstreamCacheLoader"]
-            seen.append(f"a picture after {fast['seconds']:.2f} s, {likeness(plain['image'], fast['image'])}")
-            seen.append("the strip says: " + " / ".join(strip["lines"]))
+        with self.step("Double click, type *Cache Loader*; again, *Taylor Predictor*; draw three wires") as seen:
+            tab.place("Cache Loader", LOADER, 400, 0)
+            tab.place("Taylor Predictor", PREDICTOR, 400, 560)
+            tab.wire("UNETLoader", "MODEL", LOADER, "model")
+            tab.wire(LOADER, "MODEL", PREDICTOR, "model")
+            tab.wire(PREDICTOR, "MODEL", "KSampler", "model")
+            seen.append("every input left as it comes")
+        with self.step("Press *Run*: the same seed") as seen:
+            fast = tab.press_run()
+            strip = tab.wait(lambda strips: not strips[LOADER]["busy"])[LOADER]
+            seen.append(f"a picture after {fast['seconds']:.2f} s, {likeness(plain['images'][0], fast['images'][0])}")
+            seen.append("the strip says “" + " / ".join(strip["lines"]) + "”")
         self.picture("after")
         with self.step("Select Cache Loader, press its *i*") as seen:
-            seen.append(self.help("SlipstreamCacheLoader"))
-        with self.step("Add *Speed & Quality Report*, *KSamplerSelect* and *BasicScheduler*, wire them, press Run") as seen:
-            seen.append(self.report())
+            seen.append(tab.help(LOADER))
+        with self.step("Add *Speed & Quality Report* and its sampler and sigmas; seven wires; *Run*") as seen:
+            seen.append(f"“{self.report()}”")
+
+    def report(self) -> str:
+        """The short way of the node's page; its verdict."""
+        tab = self.tab
+        tab.place("Speed & Quality Report", "SlipstreamReport", 1150, 0)
+        tab.place("KSamplerSelect", "KSamplerSelect", 1150, 700)
+        tab.place("BasicScheduler", "BasicScheduler", 1150, 860)
+        tab.set("BasicScheduler", scheduler="simple", steps=28)
+        tab.wire("UNETLoader", "MODEL", "BasicScheduler", "model")
+        for source, output, name in REPORT_WIRES:
+            tab.wire(source, output, "SlipstreamReport", name)
+        return " ".join(text for text in tab.press_run()["texts"] if "plain" in text)
+
+    def picture(self, name: str) -> None:
+        self.pictures[name] = self.folder / f"{name}.jpg"
+        self.tab.picture(self.pictures[name])
 
     def as_shipped(self) -> None:
-        """The pack as the registry ships it, under the name Manager gives it, in the same ComfyUI."""
+        """The pack as the registry ships it, under the name that Manager gives its folder, in the same ComfyUI."""
         from tests.shipped import shipped
 
-        files = shipped()
-        shutil.rmtree(self.packs / PACK)
-        shutil.rmtree(self.packs / DEMO)
+        for pack in (PACK, DEMO):
+            shutil.rmtree(self.packs / pack)
+        place = self.packs / SHIPPED_AS
         with self.step("The same from the registry: only what it ships, in the folder that Manager makes") as seen:
-            for name in files:
-                target = self.packs / SHIPPED_AS / name
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(ROOT / name, target)
-            seen.append(f"{len(files)} files, {megabytes(self.packs / SHIPPED_AS):.1f} MB")
-        with self.server(), browser() as chromium, self.step("Open the page, its templates and a node's help") as seen:
-            self.open(chromium)
-            self.tab.page.keyboard.press("Control+Alt+t")
-            seen.append(self.help("SlipstreamCacheLoader"))
+            for name in shipped():
+                (place / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(ROOT / name, place / name)
+            seen.append(f"{len(shipped())} files, {megabytes(place):.1f} MB")
+        self.tab = None
+        with self.server(), browser() as chromium, self.step("Open the page, a template and a node's help") as seen:
+            self.tab = Tab(chromium, self.url, SHIPPED_AS)
+            self.tab.browse_templates()
+            seen.append(f"{len(self.tab.templates())} templates, none of the demo")
+            self.tab.template(TEMPLATE)
+            seen.append(self.tab.help(LOADER))
         self.read_log()
+        self.tab = None
+
+
+def browser():
+    from tests.canvas.page import chromium
+
+    return chromium()
+
+
+def copy_host(source: Path, target: Path) -> None:
+    """A checkout as it is unpacked: no models, no other packs, no files of a user, no caches."""
+    kept_empty = {str(source / name) for name in ("custom_nodes", "user", "input", "output", "temp")}
+
+    def left_out(folder: str, names: list[str]) -> set[str]:
+        if folder in kept_empty:
+            return set(names)
+        left = {name for name in names if name in (".git", "__pycache__")}
+        if folder.startswith(str(source / "models")):
+            left |= {name for name in names if not Path(folder, name).is_dir()}
+        return left
+
+    shutil.copytree(source, target, ignore=left_out)
+
+
+def host_version(comfy: Path) -> str:
+    return re.search(r'"([\d.]+)"', (comfy / "comfyui_version.py").read_text(encoding="utf-8"))[1]
+
+
+def torch_files() -> tuple[str, str]:
+    """What pip noted when torch was installed."""
+    found = metadata.distribution("torch")
+    return found.version, found.read_text("RECORD") or ""
+
+
+def run(*command: object) -> str:
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(map(str, command))} failed: {(done.stdout + done.stderr)[-500:]}")
+    return done.stdout
+
+
+def megabytes(folder: Path) -> float:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
+
+
+def own_workflow() -> dict:
+    """The demo's workflow without a node of this pack, with room between loader and sampler."""
+    graph = json.loads((ROOT / "workflows" / "slipstream_demo.json").read_text(encoding="utf-8"))
+    nodes = {node["id"]: node for node in graph["nodes"] if node["type"] in LAYOUT}
+    loader, sampler = (next(n for n in nodes.values() if n["type"] == kind) for kind in ("UNETLoader", "KSampler"))
+    into = sampler["inputs"][0]["link"]
+    graph["links"] = [
+        [link[0], loader["id"], 0, *link[3:]] if link[0] == into else link
+        for link in graph["links"] if link[0] == into or (link[1] in nodes and link[3] in nodes)
+    ]  # fmt: skip
+    kept = {link[0] for link in graph["links"]}
+    for node in nodes.values():
+        node["pos"] = list(LAYOUT[node["type"]])
+        if node.get("title") == "Negative":
+            node["pos"][1] += 130
+        for output in node["outputs"]:
+            output["links"] = [link for link in output["links"] or () if link in kept]
+    loader["outputs"][0]["links"] = [into]
+    return {**graph, "id": "7f0c6a1e-0d2b-4c53-9a53-1f0e5a3f2c11", "nodes": list(nodes.values())}
+
+
+if __name__ == "__main__":
+    main()

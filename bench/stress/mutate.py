@@ -32,7 +32,7 @@ TEXTS = (
 
 def odd_json(rng: Random) -> object:
     """A value that JSON can carry (with Python's NaN and Infinity)."""
-    return rng.choice([v for v in ODD if not isinstance(v, bytes | complex | type)])
+    return copy.deepcopy(rng.choice([v for v in ODD if not isinstance(v, bytes | complex | type)]))
 
 
 def damaged_bytes(rng: Random, data: bytes) -> bytes:
