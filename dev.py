@@ -68,16 +68,22 @@ def demo(environment: Environment, rest: list[str]) -> int:
 
 
 def test(environment: Environment, rest: list[str]) -> int:
-    every = "--all" in rest
-    rest = [argument for argument in rest if argument != "--all"]
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--all", action="store_true")
+    parser.add_argument("--matrix", nargs=1)  # pytest's, see tests/matrix.py
+    parser.add_argument("--matrix-outcomes", nargs=1)
+    known, rest = parser.parse_known_args(rest)
     if not rest:
         for check in (["check", "."], ["format", "--check", "."]):
             if environment.python("-m", "ruff", *check, "-q"):
                 return 1
         # One worker per file: files share a loaded model or a server among their tests.
         rest = ["-n", str(min(4, os.cpu_count() or 1)), "--dist", "loadfile"]
+    rest += ["-m", "long or not long"] if known.all else []
+    for name, value in (("--matrix", known.matrix), ("--matrix-outcomes", known.matrix_outcomes)):
+        rest += [name, str(Path(value[0]).resolve())] if value else []
     find_browser()
-    return environment.python("-m", "pytest", *rest, *(["-m", "long or not long"] if every else []))
+    return environment.python("-m", "pytest", *rest)
 
 
 def find_browser() -> None:

@@ -260,5 +260,5 @@ def examine(subject: Subject, names=tuple(CHECKS)) -> dict[str, dict]:
             found[name] = {"held": False, "says": str(broken)}
         except Exception as error:
             text = " ".join(str(error).split())
-            found[name] = {"held": None, "says": f"{type(error).__name__}: {text}"[:120]}
+            found[name] = {"held": None, "says": f"{type(error).__name__}: {text}"[:160]}
     return found

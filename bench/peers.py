@@ -14,6 +14,7 @@ import argparse
 import asyncio
 import json
 import logging
+import re
 import subprocess
 import sys
 import tempfile
@@ -28,7 +29,7 @@ from .rows import mean, mean_db, save, table
 OUT, PAGE = ROOT / "bench" / "out" / "peers.json", ROOT / "docs" / "peers.md"
 STEPS = 28
 TIMEOUT = 1800
-# How much worse than the better of the two alone a pair of caches may be before it counts as broken.
+# How much worse than the worse of the two alone a pair of caches may be before it counts as broken.
 TOGETHER_DB = 3.0
 # As in `peer_checks.CHECKS`, which needs the host to be imported; a test holds them together.
 INVARIANTS = {
@@ -203,7 +204,8 @@ def loaded(pack: Path, node: str):
         logging.getLogger().removeHandler(handler)
     if not done:
         text = said[-1].strip().splitlines()[-1] if said else "the host's loader says nothing"
-        raise NotLoaded(text.rsplit("custom nodes: ", 1)[-1].replace(str(pack.parent), "").strip("/ "))
+        # without the paths of this machine
+        raise NotLoaded(re.sub(r" \([^()]*\.py\)", "", text.rsplit("custom nodes: ", 1)[-1]))
     if node not in nodes.NODE_CLASS_MAPPINGS:
         raise NotLoaded(f"it has no node {node}")
     return nodes.NODE_CLASS_MAPPINGS[node]
@@ -286,13 +288,13 @@ class Bench:
         return self.fewer[steps]
 
     def together(self, wrap: Callable, alone: list[float] | None) -> dict[str, str]:
-        """H16: the peer's node and ours on one MODEL: refused by name, or as good as either alone."""
+        """H16: the peer's node and ours on one MODEL: refused by name, or as good as the worse of the two alone."""
         from slipstream.host.errors import SlipstreamError
 
         def our(model):
             return ours(model, **OURS["Cache Loader + Taylor Predictor"])
 
-        best = max([self.scores(self.samples(our, STEPS, 1)[0])[0], *(alone or [])[:1]])
+        least = min([self.scores(self.samples(our, STEPS, 1)[0])[0], *(alone or [])[:1]]) - TOGETHER_DB
         said = {}
         for order, both in (("ours after it", lambda m: our(wrap(m))), ("it after ours", lambda m: wrap(our(m)))):
             try:
@@ -303,8 +305,7 @@ class Bench:
                 said[order] = f"error: {one_line(error)}"
             else:
                 near = self.scores(latents)[0]
-                held = near >= min(best, *(alone or [best])[:1]) - TOGETHER_DB
-                said[order] = f"{'works' if held else 'BROKEN'}: {computed:.0f} of {STEPS}, {near:.0f} dB"
+                said[order] = f"{'works' if near >= least else '**broken**'}: {computed:.0f} of {STEPS}, {near:.0f} dB"
         return said
 
 
@@ -328,17 +329,18 @@ def page(rows: list[dict], pictures: int) -> str:
 
 
 def tables(rows: list[dict]) -> str:
-    ran = [row for row in rows if not row["loads"]]
+    ran = [row for row in rows if not row["loads"] and not fails(row["checks"])]
     head = ["", *INVARIANTS]
     lines = [head, ["---"] * len(head)]
     for row in rows:
-        if row["loads"]:
-            lines.append([row["name"], f"does not load: {row['loads']}", *[""] * (len(INVARIANTS) - 1)])
+        reason = f"does not load: {row['loads']}" if row["loads"] else fails(row["checks"])
+        if reason:
+            lines.append([row["name"], reason, *[""] * (len(INVARIANTS) - 1)])
         else:
             lines.append([row["name"], *(cell(row["checks"][name]) for name in INVARIANTS)])
     text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     text += "\n\n" + table([row for row in ran if "failed" not in row], COLUMNS)
-    together = [row for row in ran if row.get("together")]
+    together = [row for row in rows if row.get("together")]
     if together:
         text += (
             "\n\nWith our Cache Loader and Taylor Predictor on the same MODEL:\n\n| | ours after it | it after ours |\n"
@@ -346,6 +348,12 @@ def tables(rows: list[dict]) -> str:
         text += "| --- | --- | --- |\n"
         text += "\n".join("| " + " | ".join([row["name"], *row["together"].values()]) + " |" for row in together)
     return text
+
+
+def fails(checks: dict) -> str:
+    """What is said of a node that cannot sample at all: the one error that every check met; else nothing."""
+    said = {check["says"] for check in checks.values()}
+    return f"does not run: {said.pop()}" if len(said) == 1 and checks["skips"]["held"] is None else ""
 
 
 def cell(check: dict) -> str:

@@ -39,7 +39,7 @@ MODEL = "tiny_flux_emoji.safetensors"
 TEMPLATE = "slipstream_flux_dev"
 LOADER, PREDICTOR = "SlipstreamCacheLoader", "SlipstreamTaylorPredictor"
 SEED = 7
-VIEW = 0.5, 90, 120  # scale, and where the graph's origin is on the canvas, in pixels
+VIEW = 0.6, 90, 120  # scale, and where the graph's origin is on the canvas, in pixels
 PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check")
 STARTUP = 300  # seconds that the host may take to answer
 
@@ -243,10 +243,10 @@ class Walk:
             seen.append(f"a picture after {fast['seconds']:.2f} s, {likeness(plain['images'][0], fast['images'][0])}")
             seen.append("the strip says “" + " / ".join(strip["lines"]) + "”")
         self.picture("after")
-        with self.step("Select Cache Loader, press its *i*") as seen:
-            seen.append(tab.help(LOADER))
         with self.step("Add *Speed & Quality Report* and its sampler and sigmas; seven wires; *Run*") as seen:
             seen.append(f"“{self.report()}”")
+        with self.step("Select Cache Loader, press its *i*") as seen:
+            seen.append(tab.help(LOADER))
 
     def report(self) -> str:
         """The short way of the node's page; its verdict."""

@@ -6,6 +6,7 @@ another seed is a picture that is as good but not the same one.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from dataclasses import dataclass
@@ -360,7 +361,8 @@ def _save(numbers: dict, tiles: list[Tile], text: str, prefix: str) -> tuple[Ten
         write_whole(Path(folder, stem + ".png"), card)
     except Exception as error:  # the host refuses a path out of its folder with the bare class
         if written is not None:
-            written.unlink(missing_ok=True)
+            with contextlib.suppress(OSError, ValueError):
+                written.unlink(missing_ok=True)
         why = getattr(error, "strerror", None) or "it is no name below the output folder"
         raise SlipstreamError(
             f"{NODE}: the report cannot be written as '{prefix[:60]}' ({why}); choose another filename_prefix."

@@ -41,7 +41,7 @@ NODES: dict[str, dict[str, Sequence]] = {
         "rank": (16, 0, 32),
         "activations": ("4 bit", "8 bit"),
         "calibration": ("none", "none", "first run"),
-        "layers": ("", "mlp = w4a16", "0.proj = keep"),
+        "layers": ("", "proj = keep", "img_mlp = w4a16"),
         "quality_guard": (0.0, 15.0),
         "evaluations": (2, 8),
         "gptq": (False,),

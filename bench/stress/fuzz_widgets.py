@@ -127,10 +127,8 @@ async def _validated(execution, graph: dict):
 
 def execute(node, values: dict):
     """What the host calls, with an id for the node."""
-    prepared = node.PREPARE_CLASS_CLONE({"hidden": {}}) if hasattr(node, "PREPARE_CLASS_CLONE") else node
-    hidden = getattr(prepared, "hidden", None)
-    if hidden is None or not hasattr(hidden, "unique_id"):
-        prepared.hidden = SimpleNamespace(unique_id="1", prompt=None, extra_pnginfo=None, dynprompt=None)
+    hidden = SimpleNamespace(unique_id="1", prompt=None, extra_pnginfo=None, dynprompt=None)
+    prepared = type(node.__name__, (node,), {"hidden": hidden})
     with torch.inference_mode():
         return prepared.execute(**values)
 

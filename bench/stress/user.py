@@ -105,6 +105,7 @@ class User:
         if first.kind == "done" and second.outputs:
             same = torch.equal(await self.session.latent(first), await self.session.latent(second))
             expect(same, "queued again: another latent")
+        self._check_log(failing=first.kind != "done")
         await self._plain()
         return f"again: {said}"
 

@@ -126,8 +126,8 @@ class Canvas:
         """Queue the workflow; the run may go on afterwards."""
         self.run("async () => { await app.queuePrompt(0) }")
 
-    def add(self, name: str) -> None:
-        """Add a node as a person does: double click, type its name, take it from the list."""
+    def add(self, name: str, at: tuple[float, float] = (650, 450), drop: tuple[float, float] = (950, 700)) -> None:
+        """Add a node as a person does: double click at a free place, type its name, take it from the list."""
         from playwright.sync_api import TimeoutError
 
         box = self.page.locator("input[role=combobox]:visible")
@@ -135,10 +135,10 @@ class Canvas:
         for _ in range(6):  # a page that has just been loaded may close what is opened on it
             try:
                 self.page.keyboard.press("Escape")
-                self.page.mouse.dblclick(650, 450)
+                self.page.mouse.dblclick(*at)
                 box.fill(name, timeout=1500)
                 offer.click(timeout=3000)
-                return self.page.mouse.click(950, 700)  # newer canvases let it follow the mouse until then
+                return self.page.mouse.click(*drop)  # newer canvases let it follow the mouse until then
             except TimeoutError:
                 continue
         raise AssertionError(f"the search does not offer {name}")
