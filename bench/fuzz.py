@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import tempfile
 import time
 from datetime import date
@@ -63,7 +64,7 @@ def run(
             name = kind.__name__
             if only not in (None, name):
                 continue
-            started, count = time.monotonic(), cases if only else max(2, round(cases * kind.share / shares))
+            started, count = time.monotonic(), cases if only else max(2, math.ceil(cases * kind.share / shares))
             place = inner / name if name != "Servers" else inner / "user"
             place.mkdir(parents=True, exist_ok=True)
             target, verdicts = kind(place), judge.Verdicts()

@@ -39,7 +39,7 @@ MODEL = "tiny_flux_emoji.safetensors"
 TEMPLATE = "slipstream_flux_dev"
 LOADER, PREDICTOR = "SlipstreamCacheLoader", "SlipstreamTaylorPredictor"
 SEED = 7
-VIEW = 0.6, 90, 120  # scale, and where the graph's origin is on the canvas, in pixels
+VIEW = 0.6, 40, 130  # scale, and where the graph's origin is on the canvas, in pixels
 PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check")
 STARTUP = 300  # seconds that the host may take to answer
 
@@ -246,14 +246,15 @@ class Walk:
         with self.step("Add *Speed & Quality Report* and its sampler and sigmas; seven wires; *Run*") as seen:
             seen.append(f"“{self.report()}”")
         with self.step("Select Cache Loader, press its *i*") as seen:
+            tab.view(VIEW[0], VIEW[1], 300)  # the buttons over a node need room
             seen.append(tab.help(LOADER))
 
     def report(self) -> str:
         """The short way of the node's page; its verdict."""
         tab = self.tab
-        tab.place("Speed & Quality Report", "SlipstreamReport", 1150, 0)
-        tab.place("KSamplerSelect", "KSamplerSelect", 1150, 700)
-        tab.place("BasicScheduler", "BasicScheduler", 1150, 860)
+        tab.place("Speed & Quality Report", "SlipstreamReport", 1060, 0)
+        tab.place("KSamplerSelect", "KSamplerSelect", 0, 760)
+        tab.place("BasicScheduler", "BasicScheduler", 400, 820)
         tab.set("BasicScheduler", scheduler="simple", steps=28)
         tab.wire("UNETLoader", "MODEL", "BasicScheduler", "model")
         for source, output, name in REPORT_WIRES:

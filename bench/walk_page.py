@@ -2,6 +2,91 @@
 
 from __future__ import annotations
 
+from engine.files import write_whole
+
+from .boot import ROOT
+
+PAGE = ROOT / "docs" / "first_walk.md"
+# A load up to this is called quiet: the walk itself keeps about two cores busy.
+QUIET = 4.0
+
+# What walks have found so far, and what came of it. Only what really happened; the newest last.
+FOUND: list[tuple[str, str]] = []
+
 
 def write_page(rows: list[dict]) -> None:
-    pass
+    write_whole(PAGE, page(rows).encode())
+
+
+def page(rows: list[dict]) -> str:
+    """rows: one per host, the older first; all have the same steps."""
+    hosts = [f"ComfyUI {row['host']}" for row in rows]
+    lines = [
+        "# The first-time walk",
+        "",
+        "From an empty ComfyUI folder to a faster picture, by the README alone. `python dev.py bench walk` walks it and "
+        "writes this page: a fresh copy of ComfyUI without models and without other packs, `git clone` of this pack's "
+        "last commit, the real server on the processor, the real page in a headless Chromium with a new profile, the "
+        "mouse and the keys that a person uses. No graphics card, and nothing prepared. The host's own template package "
+        "and help pages are not installed there. The small trained model of `demo/` stands for yours, with the demo's "
+        "nodes for its text encoder and VAE: its pictures are 64 pixels wide, so seconds here tell how quickly a person "
+        "gets there, and the strip tells what was saved; on your model both are larger.",
+        "",
+        *(machine(row) for row in rows),
+        "",
+        "| | step | " + " | ".join(f"{host}, seconds" for host in hosts) + " |",
+        "|---|---|" + "---|" * len(rows),
+    ]
+    for number, steps in enumerate(zip(*(row["steps"] for row in rows), strict=True), 1):
+        lines.append(f"| {number} | {steps[0]['name']} | " + " | ".join(f"{s['seconds']:.1f}" for s in steps) + " |")
+    total = (f"{sum(step['seconds'] for step in row['steps']):.0f}" for row in rows)
+    walked = (f"{sum(step['seconds'] for step in until_faster(row)):.0f}" for row in rows)
+    lines += [
+        "| | **to the faster picture** (without step 3) | " + " | ".join(walked) + " |",
+        "| | all | " + " | ".join(total) + " |",
+        "",
+        "A person reads and looks, so drawing and typing take longer than here. Steps 1 to 4 are once, step 5 at every "
+        "start of ComfyUI.",
+        "",
+        "## What was seen",
+        "",
+    ]
+    for number, step in enumerate(rows[-1]["steps"], 1):
+        lines.append(f"{number}. **{step['name']}**: {'; '.join(step['seen'])}.")
+    lines += [
+        "",
+        f"(Words of {hosts[-1]}; the others say the same.)",
+        "",
+        "Before, the plain workflow after step 9, and after step 11:",
+        "",
+        "![The plain workflow after its run](walk_before.jpg)",
+        "",
+        "![The same with Cache Loader and Taylor Predictor, after a run of the same seed](walk_after.jpg)",
+        "",
+        "## Stumbles",
+        "",
+        "Every error or warning of the page's console or the server's log that names this pack counts, and every step "
+        "that needs something the README does not say.",
+        "",
+    ]
+    now = [f"- {host}: {stumble}" for host, row in zip(hosts, rows, strict=True) for stumble in row["stumbles"]]
+    lines += now or ["In these walks: none."]
+    if FOUND:
+        lines += ["", "Found in earlier walks, and removed:", ""]
+        lines += [f"- {what} {then}" for what, then in FOUND]
+    return "\n".join(lines) + "\n"
+
+
+def until_faster(row: dict) -> list[dict]:
+    """The steps up to the run with the nodes, without the one that only proves what pip brings."""
+    end = next(i for i, step in enumerate(row["steps"]) if "same seed" in step["name"])
+    return [step for step in row["steps"][: end + 1] if "has nothing" not in step["name"]]
+
+
+def machine(row: dict) -> str:
+    low, high = sorted(row["load"])
+    busy = "" if high <= QUIET else ", **a busy machine**: on a quiet one each step takes a fraction of it"
+    return (
+        f"- {row['date']}, ComfyUI {row['host']} with frontend {row['frontend']}, {row['cores']} processor cores, other "
+        f"work and this at a load of {low} to {high}{busy}."
+    )

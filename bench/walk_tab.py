@@ -12,7 +12,7 @@ from pathlib import Path
 from tests.canvas import page as canvas
 
 # A place of the canvas where nothing is, and the part of the page that is shown in the docs, in pixels.
-FREE, GRAPH = (1000, 560), {"x": 60, "y": 60, "width": 720, "height": 560}
+FREE, GRAPH = (1010, 640), {"x": 60, "y": 125, "width": 700, "height": 560}
 FIND = "(kind) => app.graph.nodes.find((node) => node.type === kind)"
 # Where a slot or a title bar is on the screen. Argument: [node's type, "input" | "output" | "title", slot's name].
 PLACE = """([kind, what, name]) => {
@@ -145,7 +145,7 @@ class Tab(canvas.Canvas):
 
     def place(self, name: str, kind: str, x: float, y: float) -> None:
         """Add a node by the search that a double click opens, and drag it by its title to this point of the graph."""
-        spot = self.run(POINT, [x + 60, y + 60])
+        spot = self.run(POINT, [x + 200, y + 60])  # newer canvases hold the node by its middle
         self.add(name, spot, spot)
         self.page.wait_for_function(
             "(kind) => app.graph.nodes.some((node) => node.type === kind)", arg=kind, timeout=10_000

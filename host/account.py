@@ -88,6 +88,8 @@ def _why_none(evaluations: Sequence[Evaluation], method: str) -> str:
     reason = given.most_common(1)[0][0] if given else "too few steps"
     if reason == "schedule":
         reason = f"no evaluation was within the {method}"
+        if method == "drift budget":
+            reason += "; try the preset Fast, or Custom with a larger drift_budget"
     return f"nothing was skipped: {reason}"
 
 

@@ -21,13 +21,13 @@ MARKS = {
     "wan_cache": "CacheDiT",
     "hicache": "HiCache",
     "spectrum": "Spectrum",
-    "fbcache": "First Block Cache",
+    "fbcache": "First Block Cache (WaveSpeed)",
     "meancache": "MeanCache",
 }
 
 # Some leave no mark but the one function around the network; the node class that made it stands in its name.
 MAKERS = {
-    "fbcache": "First Block Cache",
+    "fbcache": "First Block Cache (WaveSpeed)",
     "taylorseer": "TaylorSeer",
     "teacache": "TeaCache",
     "magcache": "MagCache",

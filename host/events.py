@@ -45,7 +45,9 @@ def finished(run, report: dict) -> None:
     if server is None or not run.plan.node_ids:
         return
     numbers = {k: v for k, v in report.items() if k != "trace"}
-    words = ", ".join(part for part in (report["chose"] or report["note"], report["remark"]) if part)
+    # Where nothing was filled, why is what the user wants to know.
+    said = report["chose"] if report["filled"] and report["chose"] else report["note"] or report["chose"]
+    words = ", ".join(part for part in (said, report["remark"]) if part)
     drifts = [e.drift for e in run.evaluations]
     STRIPS.finished(server, run, {**numbers, "text": text, "words": words, "drifts": drifts})
     if STRIPS.shows(server.client_id):

@@ -79,7 +79,11 @@ const CHINESE = {
     ["the drift budget is 0", "误差预算为 0"],
     [/(\S+) cannot be served/, "$1 无法加速"],
     ["the sigmas of this run are not a falling schedule", "这次采样的 sigma 不是递减的"],
-    [/no evaluation was within the (drift budget)/, "没有一次评估在误差预算之内"],
+    [
+      "no evaluation was within the drift budget; try the preset Fast, or Custom with a larger drift_budget",
+      "没有一次评估在误差预算之内；试试预设 Fast，或用 Custom 并调大 drift_budget",
+    ],
+    ["too few steps", "步数太少"],
     [/the cache needs (.+) per prompt, more than the budget of (.+)/, "每个提示词的缓存需要 $1，超过预算 $2"],
   ],
 }

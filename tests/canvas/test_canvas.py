@@ -114,6 +114,11 @@ def test_why_nothing_was_done_is_said(demo):
     demo.queue()
     strip = demo.wait(lambda s: len(s[LOADER]["bars"]) == 4)[LOADER]
     assert set(strip["bars"]) == {COMPUTED} and "at 4 steps every one of them counts" in strip["lines"][2]
+    demo.set("KSampler", steps=12)
+    demo.set(LOADER, preset="Custom", drift_budget=0.01)
+    demo.queue()
+    strip = demo.wait(lambda s: full(s[LOADER], 12) and "nothing" in s[LOADER]["lines"][2])[LOADER]
+    assert set(strip["bars"]) == {COMPUTED} and "try the preset Fast" in strip["lines"][2]
 
 
 def test_cancel_requeue_and_bypass(demo, tabs):

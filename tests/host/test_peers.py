@@ -99,7 +99,7 @@ def test_h16_caches_that_leave_no_mark_are_refused_by_the_name_of_their_maker(la
         return model_function(arguments["input"], arguments["timestep"], **arguments["c"])
 
     around.__qualname__ = f"{maker}.patch.<locals>.wrapper"
-    name = {"A": "First Block Cache", "T": "TaylorSeer"}[maker[0]]
+    name = {"A": r"First Block Cache \(WaveSpeed\)", "T": "TaylorSeer"}[maker[0]]
     theirs = lab.flux
     theirs.set_model_unet_function_wrapper(around)
     with pytest.raises(SlipstreamError, match=f"Cache Loader: {name} is already on this model"):
