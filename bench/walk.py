@@ -66,8 +66,12 @@ def main(argv: list[str] | None = None) -> None:
     rows = json.loads(OUT.read_text(encoding="utf-8")) if OUT.exists() else []
     if not options.page:
         with tempfile.TemporaryDirectory(prefix="first-walk-", ignore_cleanup_errors=True) as folder:
-            row = Walk(options.keep or Path(folder)).walk()
-        rows = sorted([r for r in rows if r["host"] != row["host"]] + [row], key=lambda r: numbers(r["host"]))
+            walk = Walk(options.keep or Path(folder))
+            row = walk.walk()
+            rows = sorted([r for r in rows if r["host"] != row["host"]] + [row], key=lambda r: numbers(r["host"]))
+            for name, picture in walk.pictures.items():
+                if rows[-1] is row:  # the page shows the newest host
+                    shutil.copyfile(picture, PICTURES[name])
         save(OUT, rows)
     write_page(rows)
 

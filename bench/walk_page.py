@@ -24,13 +24,13 @@ def page(rows: list[dict]) -> str:
     lines = [
         "# The first-time walk",
         "",
-        "From an empty ComfyUI folder to a faster picture, by the README alone. `python dev.py bench walk` walks it and "
-        "writes this page: a fresh copy of ComfyUI without models and without other packs, `git clone` of this pack's "
+        "From an empty ComfyUI folder to a faster picture, by the README alone. `python dev.py bench walk` walks it "
+        "and writes this page: a fresh copy of ComfyUI without models and without other packs, `git clone` of this pack's "
         "last commit, the real server on the processor, the real page in a headless Chromium with a new profile, the "
-        "mouse and the keys that a person uses. No graphics card, and nothing prepared. The host's own template package "
-        "and help pages are not installed there. The small trained model of `demo/` stands for yours, with the demo's "
-        "nodes for its text encoder and VAE: its pictures are 64 pixels wide, so seconds here tell how quickly a person "
-        "gets there, and the strip tells what was saved; on your model both are larger.",
+        "mouse and the keys that a person uses. No graphics card, and nothing prepared. The host's own template "
+        "package and help pages are not installed there. The small trained model of `demo/` stands for yours, with the "
+        "demo's nodes for its text encoder and VAE: its pictures are 64 pixels wide, so seconds here tell how quickly a "
+        "person gets there, and the strip tells what was saved; on your model both are larger.",
         "",
         *(machine(row) for row in rows),
         "",
@@ -87,6 +87,6 @@ def machine(row: dict) -> str:
     low, high = sorted(row["load"])
     busy = "" if high <= QUIET else ", **a busy machine**: on a quiet one each step takes a fraction of it"
     return (
-        f"- {row['date']}, ComfyUI {row['host']} with frontend {row['frontend']}, {row['cores']} processor cores, other "
-        f"work and this at a load of {low} to {high}{busy}."
+        f"- {row['date']}, ComfyUI {row['host']} with frontend {row['frontend']}, {row['cores']} processor cores, "
+        f"other work and this at a load of {low} to {high}{busy}."
     )
