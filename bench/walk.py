@@ -155,7 +155,7 @@ class Walk:
             seen.append(self.empty_environment(pack / "requirements.txt"))
         with self.step("Put a model where models belong") as seen:
             target = self.packs / DEMO
-            shutil.copytree(pack / "demo", target, ignore=shutil.ignore_patterns("out", "__pycache__"))
+            shutil.copytree(pack / "demo", target, ignore=shutil.ignore_patterns("out", "profiles", "__pycache__"))
             shutil.move(target / "models" / MODEL, self.comfy / "models" / "diffusion_models" / MODEL)
             seen.append("the small model of `demo/` stands for yours, its nodes for text encoder and VAE")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+import re
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -114,6 +115,11 @@ def save(name: str, profile: Profile) -> str:
     return file
 
 
+def _first_name(name: str) -> str:
+    """A parameter's name as ComfyUI 0.3.75 has it; Flux's `query_norm.scale` is `query_norm.weight` in later ones."""
+    return re.sub(r"\b(query|key)_norm\.weight$", r"\1_norm.scale", name)
+
+
 def fingerprint(model) -> str:
     """Which model a profile was measured on: its class, and names and shapes of its parameters, not their values.
 
@@ -124,7 +130,7 @@ def fingerprint(model) -> str:
     for path, found in network.named_modules():
         module = model.get_model_object(f"diffusion_model.{path}") if path else found
         for name, parameter in module.named_parameters(recurse=False):
-            shapes[f"{path}.{name}" if path else name] = tuple(parameter.shape)
+            shapes[_first_name(f"{path}.{name}" if path else name)] = tuple(parameter.shape)
     digest = hashlib.sha256(type(model.model).__name__.encode())
     for name, shape in sorted(shapes.items()):
         digest.update(f"{name}{shape}".encode())

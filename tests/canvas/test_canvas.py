@@ -18,7 +18,7 @@ DEMO = json.loads((ROOT / "workflows" / "slipstream_demo.json").read_text())
 COMPUTED = "#3a8fd9"
 BYPASSED = 4
 # Enough evaluations that a page is loaded twice before they are done; no test waits for their end.
-LONG = 900
+LONG = 2500
 
 
 @pytest.fixture(scope="module")
