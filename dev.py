@@ -81,7 +81,8 @@ def test(environment: Environment, rest: list[str]) -> int:
         rest = ["-n", str(min(4, os.cpu_count() or 1)), "--dist", "loadfile"]
     rest += ["-m", "long or not long"] if known.all else []
     for name, value in (("--matrix", known.matrix), ("--matrix-outcomes", known.matrix_outcomes)):
-        rest += [name, str(Path(value[0]).resolve())] if value else []
+        # With "=": a file of its own in the arguments would be taken for what is to be tested.
+        rest += [f"{name}={Path(value[0]).resolve()}"] if value else []
     find_browser()
     return environment.python("-m", "pytest", *rest)
 

@@ -189,9 +189,7 @@ def check_predictor(config: PredictorConfig) -> PredictorConfig:
     return config
 
 
-# What is asked at an anchor: a copy of the quantised layers in 8 bit, made at the first one and kept in RAM, or the
-# layers that were quantised, which lie in RAM anyway where the model was quantised on the canvas.
-# What anchors ask; `auto` is the 8-bit copy of a quantised model, and of a smaller one in a switched run the large one.
+# What anchors ask, see `reference.py`; `auto` is the 8-bit copy of a quantised model, else the large one of a switch.
 AUTOMATIC, EIGHT_BIT, ORIGINAL, LARGE_MODEL, UNCACHED = REFERENCES = (
     "auto", "8-bit copy", "original weights", "large model of a switch", "uncached model",
 )  # fmt: skip
