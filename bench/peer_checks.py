@@ -253,6 +253,7 @@ CHECKS = {
 def examine(subject: Subject, names=tuple(CHECKS)) -> dict[str, dict]:
     """{check: {held, says}}; held is None where the node failed in another way than the check looks for."""
     found = {}
+    subject.alone(), subject.alone(sampler="heun")  # before the node can have changed anything for good
     for name in names:
         try:
             found[name] = {"held": True, "says": CHECKS[name](subject)}

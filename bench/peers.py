@@ -96,14 +96,21 @@ def main() -> None:
     options = parser.parse_args()
     packs = packs_of(options.pack, options.node, options.inputs, parser.error)
     if options.rows:
-        options.rows.write_text(json.dumps(measure(packs, options.models, options.pictures)))
+        options.rows.write_text(json.dumps(measure(packs, benches(options.models, options.pictures))))
         return
-    rows = measure([Peer(name) for name in (*HOSTS, *OURS)], options.models, options.pictures)
+    clean = benches(options.models, options.pictures)
+    rows = measure([Peer(name) for name in (*HOSTS, *OURS)], clean)
     for peer in packs:
         rows += in_a_process(peer, rows[0]["host"], options.models, options.pictures)
+    for row in rows:  # here, where no pack has been
+        if "psnr_db" in row:
+            row["fewer_steps_db"] = clean[row["model"]].fewer_steps(round(row["evaluations"]))
+            row["against_fewer_steps_db"] = row["psnr_db"] - row["fewer_steps_db"]
     new = {(row["host"], row["name"], row["model"]) for row in rows}
     kept = json.loads(OUT.read_text()) if OUT.exists() else []
-    save(OUT, [row for row in kept if (row["host"], row["name"], row["model"]) not in new] + rows)
+    others = [row for row in kept if (row["host"], row["name"], row["model"]) not in new]
+    first = [*HOSTS, *OURS]
+    save(OUT, sorted(others + rows, key=lambda row: first.index(row["name"]) if row["name"] in first else len(first)))
     PAGE.write_text(page(json.loads(OUT.read_text()), options.pictures), encoding="utf-8")
     print(page(rows, options.pictures))
 
@@ -143,16 +150,21 @@ def in_a_process(peer: Peer, host: str, models: list[str], pictures: int) -> lis
     return [{"host": host, "name": peer.name, "model": model, "loads": reason} for model in models]
 
 
-def measure(peers: list[Peer], models: list[str], pictures: int) -> list[dict]:
-    """A row for each peer and model."""
+def benches(models: list[str], pictures: int) -> dict[str, Bench]:
+    """The host in this process, and a bench for each model."""
     boot()
-    import comfyui_version
     import torch
 
     torch.set_num_threads(1)
+    return {model: Bench(model, pictures) for model in models}
+
+
+def measure(peers: list[Peer], on: dict[str, Bench]) -> list[dict]:
+    """A row for each peer and model."""
+    import comfyui_version
+
     rows, host = [], comfyui_version.__version__
-    for model in models:
-        bench = Bench(model, pictures)
+    for model, bench in on.items():
         for peer in peers:
             row = {"host": host, "name": peer.name, "model": model}
             try:
@@ -235,7 +247,8 @@ class Bench:
         from .peer_checks import Subject
 
         self.name, self.pictures = name, pictures
-        self.base = emoji.load_flux() if name == "flux" else emoji.load_unet()
+        self.load = emoji.load_flux if name == "flux" else emoji.load_unet
+        self.base = self.load()
         self.plain = Subject(name, self.base, lambda model: model)
         self.fewer: dict[int, float] = {}
         self.full = None
@@ -252,27 +265,23 @@ class Bench:
         try:
             latents, computed = self.samples(wrap, STEPS)
             scores = self.scores(latents)
-            floor = self.fewer_steps(round(computed))
-            found |= {
-                "evaluations": computed,
-                "psnr_db": mean_db(scores),
-                "psnr_min_db": min(scores),
-                "fewer_steps_db": floor,
-                "against_fewer_steps_db": mean_db(scores) - floor,
-            }
+            found |= {"evaluations": computed, "psnr_db": mean_db(scores), "psnr_min_db": min(scores)}
         except Exception as error:
             found["failed"] = one_line(error)
         if with_ours:
             found["together"] = self.together(wrap, scores)
         return found
 
-    def samples(self, wrap: Callable, steps: int, pictures: int | None = None):
-        """(latents, mean evaluations)."""
+    def samples(self, wrap: Callable, steps: int, pictures: int | None = None, base=None):
+        """(latents, mean evaluations); base: another copy of the model."""
+        from .peer_checks import Subject
+
+        subject = self.plain if base is None else Subject(self.name, base, wrap)
         latents, counts = [], []
         for i in range(pictures or self.pictures):
-            with self.plain.runs() as runs:
-                model = wrap(self.base.clone())
-                latents.append(self.plain.sample(model, steps, seed=FIRST_SEED + i, prompt=PROMPTS[i % len(PROMPTS)]))
+            with subject.runs() as runs:
+                model = wrap(subject.base.clone())
+                latents.append(subject.sample(model, steps, seed=FIRST_SEED + i, prompt=PROMPTS[i % len(PROMPTS)]))
             counts.append(len(runs))
         return latents, mean(counts)
 
@@ -298,7 +307,8 @@ class Bench:
         said = {}
         for order, both in (("ours after it", lambda m: our(wrap(m))), ("it after ours", lambda m: wrap(our(m)))):
             try:
-                latents, computed = self.samples(both, STEPS, 1)
+                # a copy of its own, on which the pack has left nothing
+                latents, computed = self.samples(both, STEPS, 1, self.load())
             except SlipstreamError as refusal:
                 said[order] = f"refused: {refusal}"
             except Exception as error:

@@ -208,11 +208,14 @@ class Walk:
         return self.log.read_text(encoding="utf-8", errors="replace")
 
     def read_log(self) -> None:
-        """Lines of the log that warn of us, and failures of any kind."""
+        """Lines of the log that warn of us, and tracebacks that go through our files."""
         for line in self.text().splitlines():
-            ours = re.search("slipstream", line, re.I) and re.search("warning|error|failed|deprecat|cannot", line, re.I)
-            if ours or line.startswith("Traceback"):
+            ours = re.search("slipstream", line, re.IGNORECASE)
+            if ours and re.search("warning|error|failed|deprecat|cannot", line, re.IGNORECASE):
                 self.stumbles.append(f"the log: {line.strip()}")
+        for block in re.findall(r"^Traceback.*\n(?:[ \t].*\n)+.*", self.text(), re.MULTILINE):
+            if any(f"custom_nodes{os.sep}{pack}" in block for pack in (PACK, SHIPPED_AS)):
+                self.stumbles.append(f"the log: {block.splitlines()[-1]}")
 
     def at_the_page(self, chromium) -> None:
         with self.step("Open the page for the first time") as seen:
@@ -287,6 +290,7 @@ class Walk:
             self.tab.browse_templates()
             seen.append(f"{len(self.tab.templates())} templates, none of the demo")
             self.tab.template(TEMPLATE)
+            self.tab.view(VIEW[0], -300, 400)  # below what the page says of missing model files
             seen.append(self.tab.help(LOADER))
         self.read_log()
         self.tab = None

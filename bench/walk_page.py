@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from engine.files import write_whole
 
 from .boot import ROOT
@@ -58,13 +60,16 @@ def page(rows: list[dict]) -> str:
         "## What was seen",
         "",
     ]
-    for number, step in enumerate(rows[-1]["steps"], 1):
-        lines.append(f"{number}. **{step['name']}**: {'; '.join(step['seen'])}.")
+    for number, steps in enumerate(zip(*(row["steps"] for row in rows), strict=True), 1):
+        words = [shown(step["seen"]) for step in steps]
+        head = f"{number}. **{steps[0]['name']}**"
+        if len(set(words)) == 1:
+            lines.append(f"{head}: {words[0]}.")
+        else:
+            lines += [head, *(f"   - {host}: {said}." for host, said in zip(hosts, words, strict=True))]
     lines += [
         "",
-        f"(Words of {hosts[-1]}; the others say the same.)",
-        "",
-        "Before, the plain workflow after step 9, and after step 11:",
+        "The plain workflow after step 10, and with the two nodes after step 12:",
         "",
         "![The plain workflow after its run](walk_before.jpg)",
         "",
@@ -82,6 +87,12 @@ def page(rows: list[dict]) -> str:
         lines += ["", "Found in earlier walks, and removed:", ""]
         lines += [f"- {what} {then}" for what, then in FOUND]
     return "\n".join(lines) + "\n"
+
+
+def shown(seen: list[str]) -> str:
+    """What was seen as one line; a long dialog by its beginning, counts of the strip apart from each other."""
+    line = re.sub(r"(computed|reused|forecast)(?=\d)", r"\1, ", "; ".join(seen))
+    return re.sub("“([^”]{200})[^”]*”", r"“\1 …”", line).replace(".”", "”")
 
 
 def until_faster(row: dict) -> list[dict]:

@@ -35,7 +35,7 @@ SOURCE = """([kind, name]) => {
     return link ? app.graph.getNodeById(link.origin_id).type : null
 }"""
 # What dialogs and notices say.
-SAID = """() => [...document.querySelectorAll("[role=dialog], [role=alert], .p-dialog")]
+SAID = """() => [...document.querySelectorAll("[role=dialog], [role=alert], .p-dialog, [data-testid=error-overlay]")]
     .filter((element) => element.checkVisibility()).map((element) => element.innerText).join(" ")"""
 UNKNOWN = """() => app.graph.nodes.filter((node) => !node.isVirtualNode && !node.subgraph
     && !LiteGraph.registered_node_types[node.type]).map((node) => node.type)"""
@@ -145,11 +145,16 @@ class Tab(canvas.Canvas):
 
     def place(self, name: str, kind: str, x: float, y: float) -> None:
         """Add a node by the search that a double click opens, and drag it by its title to this point of the graph."""
-        spot = self.run(POINT, [x + 200, y + 60])  # newer canvases hold the node by its middle
-        self.add(name, spot, spot)
-        self.page.wait_for_function(
-            "(kind) => app.graph.nodes.some((node) => node.type === kind)", arg=kind, timeout=10_000
-        )
+        there = f"(kind) => Boolean(({FIND})(kind))"
+        for _ in range(3):
+            spot = self.run(POINT, [x + 200, y + 60])  # newer canvases hold the node by its middle
+            try:
+                self.add(name, spot, spot)
+                self.page.wait_for_timeout(500)
+            except AssertionError:  # a busy page is slower than its search waits
+                continue
+            if self.run(there, kind):
+                break
         for _ in range(4):
             self.page.wait_for_timeout(400)  # a second press that comes sooner is a double click
             at = self.run(f"(kind) => Array.from(({FIND})(kind).pos)", kind)

@@ -4,7 +4,7 @@
 
 A test guards what its name says (`test_h08_h09_...`) on the nodes that `hazards/guards.py` gives for its file, or what
 that file says of the test, or its marker: `@pytest.mark.guards("H20-H24", nodes="cache switch")`. A parameter that has
-`rows` or `nodes` narrows it. Of the page only what stands between `<!-- hazards -->` and `<!-- /hazards -->` is
+`rows` or `nodes` narrows it, unless the marker has `always=True`. Of the page only what stands between `<!-- hazards -->` and `<!-- /hazards -->` is
 replaced. FILE keeps outcomes from run to run, so that several runs make one page.
 """
 
@@ -81,14 +81,16 @@ def _mark(decorator: ast.expr, names: Mapping[str, str]) -> tuple[str, str] | No
 def of_item(item: pytest.Item) -> set[Cell]:
     """The cells of a collected test, narrowed by its parameters."""
     file = Path(str(item.path)).relative_to(TESTS_FOLDER).as_posix()
-    marks = [(mark.args[0], mark.kwargs["nodes"]) for mark in item.iter_markers("guards")]
+    found = list(item.iter_markers("guards"))
+    marks = [(mark.args[0], mark.kwargs["nodes"]) for mark in found if not mark.kwargs.get("always")]
+    always = [(mark.args[0], mark.kwargs["nodes"]) for mark in found if mark.kwargs.get("always")]
     cells = declared(file, getattr(item, "originalname", item.name), marks)
     for value in _parameters(item):
         if isinstance(rows := getattr(value, "rows", None), str):
             cells = {cell for cell in cells if cell[0] in rows_of(rows)}
         if isinstance(nodes := getattr(value, "nodes", None), str):
             cells = {cell for cell in cells if cell[1] in nodes_of(nodes)}
-    return cells
+    return cells | {(row, node) for rows, nodes in always for row in rows_of(rows) for node in nodes_of(nodes)}
 
 
 def _parameters(item: pytest.Item) -> list:

@@ -26,6 +26,7 @@ REASONS: list[tuple[str, str, str]] = [
         "It sees a layer's outputs, not its weights: for it a 4-bit model is a model like any other, and the tests of "
         "nodes together have it on one.",
     ),
+    ("H64", "files", "The layers of a loaded file are those of W4A4 Quantize, which are tested compiled."),
     ("H73-H75", "cache predictor", "It knows one model; the Hybrid Model Switch checks that two fit each other."),
     (
         "H77",

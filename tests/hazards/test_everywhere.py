@@ -57,7 +57,7 @@ def test_unloaded_between_prompts_and_half_loaded(bench, stack, monkeypatch):
 
 
 @pytest.mark.long
-@pytest.mark.guards("H64", nodes=WIRE)
+@pytest.mark.guards("H64", nodes="cache predictor quantize compensator switch")
 @pytest.mark.parametrize("first", ["compiled first", "compiled last"])
 @pytest.mark.parametrize("stack", [TAYLOR, Stack("last block", "last block"), EVERYTHING], ids=str)
 def test_a_compiled_stack_still_skips(bench, stack, first):
@@ -172,7 +172,8 @@ MEASURED = [s for s in SITUATIONS if s.name in (
 )]  # fmt: skip
 
 
-@pytest.mark.guards("H02-H03 H08 H10-H11 H22-H25 H27 H29-H31 H41-H43", nodes="calibrate")
+@pytest.mark.guards("H02-H03 H08 H10-H11 H25", nodes="calibrate", always=True)
+@pytest.mark.guards("H22-H24 H27 H29-H31 H41-H43", nodes="calibrate")
 @pytest.mark.parametrize("situation", MEASURED, ids=str)
 def test_what_is_measured_does_not_depend_on_the_split_and_the_profile_serves(bench, folder, situation):
     base = bench.network()
