@@ -4,8 +4,9 @@
 
 A test guards what its name says (`test_h08_h09_...`) on the nodes that `hazards/guards.py` gives for its file, or what
 that file says of the test, or its marker: `@pytest.mark.guards("H20-H24", nodes="cache switch")`. A parameter that has
-`rows` or `nodes` narrows it, unless the marker has `always=True`. Of the page only what stands between `<!-- hazards -->` and `<!-- /hazards -->` is
-replaced. FILE keeps outcomes from run to run, so that several runs make one page.
+`rows` or `nodes` narrows it, unless the marker has `always=True`. Of the page only what stands between
+`<!-- hazards -->` and `<!-- /hazards -->` is replaced. FILE keeps outcomes from run to run, so that several runs make
+one page.
 """
 
 from __future__ import annotations

@@ -111,7 +111,9 @@ PREDICTED = [
 @pytest.mark.parametrize("stack", PREDICTED, ids=str)
 def test_every_predictor_at_every_site(bench, stack):
     """Adams-Bashforth where it cannot serve fills nothing and says so; of the others each fills in most situations."""
-    chosen = [s for s in SITUATIONS if s.name in ("a negative", "prompt schedule", "heun", "euler_ancestral", "dpmpp_2m")]
+    chosen = [
+        s for s in SITUATIONS if s.name in ("a negative", "prompt schedule", "heun", "euler_ancestral", "dpmpp_2m")
+    ]
     filled, refused = [], 0
     for situation in chosen:
         model = bench.model(stack)
