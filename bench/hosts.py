@@ -222,8 +222,8 @@ def section(rows: list[dict]) -> str:
         "every release out of a local clone of ComfyUI and runs the smoke set (`bench/smoke.py`) in it: the pack goes "
         "through that release's own loader, the nodes get their defaults, the small trained models are sampled by its "
         "KSampler. The packages are those of the newest release, but comfy-kitchen and comfy-aimdo in the versions "
-        "that a release names. A clone without tags lacks the patch releases made on branches of their own; they are left "
-        "out. "
+        "that a release names. A clone without tags lacks the patch releases made on branches of their own; they are "
+        "left out. "
         "Dates are those of the release's commit; seconds are one core's, the start of the host included.",
         "",
         "| check | what has to hold |",
