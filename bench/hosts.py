@@ -39,6 +39,7 @@ TIMEOUT = 1200  # seconds for one release; a quiet core needs about 20
 # Only a server with a browser needs these, and the smoke set starts none.
 NOT_NEEDED = {"comfyui-frontend-package", "comfyui-workflow-templates", "comfyui-embedded-docs", "comfyui-manager"}
 NOT_NEEDED |= {"torch", "torchvision", "torchaudio", "comfy-angle", "kornia", "spandrel", "pyopengl"}
+NOT_NEEDED |= {"pyopengl-accelerate", "glfw"}
 
 # Prints those requirement lines, given as a JSON list, that the environment does not meet.
 UNMET = """
@@ -221,10 +222,9 @@ def section(rows: list[dict]) -> str:
         f"({rows[-1]['date']}) pass all {len(names)} checks. Written by `python dev.py hosts --repo PATH`, which takes "
         "every release out of a local clone of ComfyUI and runs the smoke set (`bench/smoke.py`) in it: the pack goes "
         "through that release's own loader, the nodes get their defaults, the small trained models are sampled by its "
-        "KSampler. The packages are those of the newest release, but comfy-kitchen and comfy-aimdo in the versions "
-        "that a release names. A clone without tags lacks the patch releases made on branches of their own; they are "
-        "left out. "
-        "Dates are those of the release's commit; seconds are one core's, the start of the host included.",
+        "KSampler. The packages are those of the newest release, but comfy-kitchen and comfy-aimdo in the versions a "
+        "release names. A clone without tags lacks the patch releases made on branches of their own; they are left "
+        "out. Dates are those of the release's commit; seconds are one core's, the start of the host included.",
         "",
         "| check | what has to hold |",
         "| --- | --- |",

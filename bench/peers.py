@@ -52,7 +52,8 @@ Written by `python dev.py bench peers`: every row is a node that leaves evaluati
 (`bench/peers.py`, `bench/peer_checks.py`) on the small trained Flux and SD1.5, euler, one CPU thread, float32. A pack
 is taken by the path of its checkout and put through the host's own loader; no line of it is kept here.
 
-- An evaluation counts when the middle of the network runs (single_blocks.0, middle_block.0), whoever decides about it.
+- An evaluation counts when the middle of the network runs (a layer of single_blocks.0 or middle_block.0), whoever
+  decides about it.
 - PSNR is that of the final latent against the full run: {steps} steps, {pictures} held-out prompts and seeds. Beside it
   stands the plain sampler with as many steps as the row has evaluations: a cache below that is worth less than nothing.
 - Small models rank no thresholds of large ones. What the invariants find holds for any size.
@@ -129,7 +130,7 @@ def packs_of(paths: list[str], nodes: list[str], inputs: list[str], error: Calla
             values = json.loads(text)
         except json.JSONDecodeError as wrong:
             error(f"--inputs {text}: {wrong}.")
-        shown = ", ".join(f"{k} {v}" for k, v in values.items() if not isinstance(v, str))
+        shown = ", ".join(f"{k} {v}" for k, v in values.items() if not isinstance(v, str | bool))
         peers.append(Peer(f"{node} {shown} ({folder.name})".replace("  ", " "), str(folder), node, values))
     return peers
 
@@ -310,7 +311,7 @@ class Bench:
                 # a copy of its own, on which the pack has left nothing
                 latents, computed = self.samples(both, STEPS, 1, self.load())
             except SlipstreamError as refusal:
-                said[order] = f"refused: {refusal}"
+                said[order] = f"refused: {str(refusal).split(';')[0]}"
             except Exception as error:
                 said[order] = f"error: {one_line(error)}"
             else:

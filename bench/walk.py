@@ -39,7 +39,7 @@ MODEL = "tiny_flux_emoji.safetensors"
 TEMPLATE = "slipstream_flux_dev"
 LOADER, PREDICTOR = "SlipstreamCacheLoader", "SlipstreamTaylorPredictor"
 SEED = 7
-VIEW = 0.6, 40, 130  # scale, and where the graph's origin is on the canvas, in pixels
+VIEW = 0.6, 80, 130  # scale, and where the graph's origin is on the canvas, in pixels
 PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check")
 STARTUP = 300  # seconds that the host may take to answer
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from tests.canvas import page as canvas
 
 # A place of the canvas where nothing is, and the part of the page that is shown in the docs, in pixels.
-FREE, GRAPH = (1010, 640), {"x": 60, "y": 125, "width": 700, "height": 560}
+FREE, GRAPH = (1010, 640), {"x": 60, "y": 85, "width": 720, "height": 600}
 FIND = "(kind) => app.graph.nodes.find((node) => node.type === kind)"
 # Where a slot or a title bar is on the screen. Argument: [node's type, "input" | "output" | "title", slot's name].
 PLACE = """([kind, what, name]) => {

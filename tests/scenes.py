@@ -135,3 +135,16 @@ def controlled(model, start=0.0, end=1.0):
     return node_helpers.conditioning_set_values(
         emoji.conditioning("hamburger"), {"control": control, "control_apply_to_uncond": True}
     )
+
+
+def predicting(model, prediction: str):
+    """The model as one of another kind of prediction ("eps", "v_prediction", "x0", "edm"), by the host's own nodes."""
+    from comfy_extras import nodes_model_advanced
+
+    if prediction == "edm":
+        node, values = nodes_model_advanced.ModelSamplingContinuousEDM, ("edm", 80.0, 0.002)
+    else:
+        node, values = nodes_model_advanced.ModelSamplingDiscrete, (prediction, False)
+    patch = getattr(node, "execute", None) or node().patch
+    out = patch(model, *values)
+    return (out.result if hasattr(out, "result") else out)[0]

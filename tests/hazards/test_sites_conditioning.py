@@ -9,7 +9,7 @@ import node_helpers
 import pytest
 import torch
 from lab import relative
-from scenes import SITES, Site, controlled, guided, repeated, scheduled
+from scenes import SITES, Site, controlled, guided, predicting, repeated, scheduled
 from slipstream.demo import emoji
 
 EVERYWHERE = [
@@ -296,18 +296,7 @@ def test_h48_a_run_in_two_halves_starts_each_cold(lab, site):
 @pytest.mark.parametrize("site", [s for s in EVERYWHERE if s.model == "unet"], ids=str)
 @pytest.mark.parametrize("prediction", ["eps", "v_prediction", "x0", "edm"])
 def test_h49_every_kind_of_prediction(lab, site, prediction):
-    from comfy_extras import nodes_model_advanced
-
-    def patched(model):
-        if prediction == "edm":
-            node, values = nodes_model_advanced.ModelSamplingContinuousEDM, ("edm", 80.0, 0.002)
-        else:
-            node, values = nodes_model_advanced.ModelSamplingDiscrete, (prediction, False)
-        patch = getattr(node, "execute", None) or node().patch
-        out = patch(model, *values)
-        return (out.result if hasattr(out, "result") else out)[0]
-
-    base, model = patched(lab.unet), patched(site.every(lab, 2))
+    base, model = (predicting(one, prediction) for one in (lab.unet, site.every(lab, 2)))
     result, plain = lab.sample(model, steps=24), lab.sample(base, steps=24)
     assert lab.report(model)["filled"] >= 8
     assert relative(result, plain) < relative(lab.sample(base, steps=12), plain)

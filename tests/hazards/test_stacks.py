@@ -16,9 +16,9 @@ import families
 import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
-from comfy_extras import nodes_model_advanced
 from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode
 from lab import relative
+from scenes import predicting
 from slipstream.engine.anchors import Carried
 from slipstream.engine.history import History
 from slipstream.host.compensate import Compensator
@@ -356,13 +356,7 @@ def test_up_to_4_steps_nothing_is_skipped_and_up_to_8_one(bench, stack):
 @FEW
 def test_other_predictions_than_flow(bench, stack, prediction):
     def dressed(model):
-        if prediction == "edm":
-            node, values = nodes_model_advanced.ModelSamplingContinuousEDM, ("edm", 80.0, 0.002)
-        else:
-            node, values = nodes_model_advanced.ModelSamplingDiscrete, (prediction, False)
-        patch = getattr(node, "execute", None) or node().patch
-        out = patch(model, *values)
-        return (out.result if hasattr(out, "result") else out)[0]
+        return predicting(model, prediction)
 
     model = bench.model(stack, dress=dressed)
     result = bench.sample(model, cfg=3.0, steps=20)
