@@ -14,6 +14,7 @@ import argparse
 import asyncio
 import json
 import logging
+import math
 import re
 import subprocess
 import sys
@@ -131,8 +132,17 @@ def packs_of(paths: list[str], nodes: list[str], inputs: list[str], error: Calla
         except json.JSONDecodeError as wrong:
             error(f"--inputs {text}: {wrong}.")
         shown = ", ".join(f"{k} {v}" for k, v in values.items() if not isinstance(v, str | bool))
-        peers.append(Peer(f"{node} {shown} ({folder.name})".replace("  ", " "), str(folder), node, values))
+        peers.append(Peer(f"{node} {shown} ({version_of(folder)})".replace("  ", " "), str(folder), node, values))
     return peers
+
+
+def version_of(folder: Path) -> str:
+    """The folder's name and, where it is the root of a clone, its commit."""
+    asked = ["git", "-C", str(folder), "rev-parse", "--short=7", "HEAD"]
+    commit = ""
+    if (folder / ".git").exists():
+        commit = subprocess.run(asked, capture_output=True, text=True).stdout.strip()
+    return f"{folder.name} {commit}".strip()
 
 
 def in_a_process(peer: Peer, host: str, models: list[str], pictures: int) -> list[dict]:
@@ -340,7 +350,11 @@ def page(rows: list[dict], pictures: int) -> str:
 
 
 def tables(rows: list[dict]) -> str:
-    ran = [row for row in rows if not row["loads"] and not fails(row["checks"])]
+    ran = [
+        {**row, **{k: math.inf for k in ("psnr_db", "psnr_min_db") if k in row and row[k] is None}}  # identical
+        for row in rows
+        if not row["loads"] and not fails(row["checks"])
+    ]
     head = ["", *INVARIANTS]
     lines = [head, ["---"] * len(head)]
     for row in rows:
