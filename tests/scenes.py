@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import comfy.controlnet
+import comfy.model_patcher
 import comfy.samplers
 import node_helpers
 import pytest
@@ -148,3 +149,20 @@ def predicting(model, prediction: str):
     patch = getattr(node, "execute", None) or node().patch
     out = patch(model, *values)
     return (out.result if hasattr(out, "result") else out)[0]
+
+
+def skip_layer_guided(model, block: int):
+    """A clone with what skip-layer guidance does: one more call per step, in which a block hands its input through."""
+
+    def guidance(args):
+        options = comfy.model_patcher.set_model_options_patch_replace(
+            args["model_options"], lambda a, extra: a, "dit", "double_block", block
+        )
+        (skipped,) = comfy.samplers.calc_cond_batch(
+            args["model"], [args["cond"]], args["input"], args["sigma"], options
+        )
+        return args["denoised"] + 0.5 * (args["cond_denoised"] - skipped)
+
+    model = model.clone()
+    model.set_model_sampler_post_cfg_function(guidance)
+    return model

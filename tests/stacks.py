@@ -279,20 +279,7 @@ def _lora_hooks(bench: Bench, model) -> torch.Tensor:
 
 
 def _skipped_layer(bench: Bench, model) -> torch.Tensor:
-    """What skip-layer guidance does: one more call per step, in which a block hands its input through."""
-
-    def guidance(args):
-        options = comfy.model_patcher.set_model_options_patch_replace(
-            args["model_options"], lambda a, extra: a, "dit", "double_block", 0
-        )
-        (skipped,) = comfy.samplers.calc_cond_batch(
-            args["model"], [args["cond"]], args["input"], args["sigma"], options
-        )
-        return args["denoised"] + 0.5 * (args["cond_denoised"] - skipped)
-
-    model = model.clone()
-    model.set_model_sampler_post_cfg_function(guidance)
-    return bench.sample(model, cfg=3.0)
+    return bench.sample(scenes.skip_layer_guided(model, 0), cfg=3.0)
 
 
 def _reference(bench: Bench, model) -> torch.Tensor:

@@ -9,7 +9,7 @@ import node_helpers
 import pytest
 import torch
 from lab import relative
-from scenes import SITES, Site, controlled, guided, predicting, repeated, scheduled
+from scenes import SITES, Site, controlled, guided, predicting, repeated, scheduled, skip_layer_guided
 from slipstream.demo import emoji
 
 EVERYWHERE = [
@@ -198,21 +198,9 @@ def test_h30_perturbed_attention_has_a_history_of_its_own(lab, site):
 
 @pytest.mark.parametrize("site", [s for s in EVERYWHERE if s.model == "flux"], ids=str)
 def test_h30_an_extra_pass_that_skips_a_block_is_apart(lab, site):
-    """What skip-layer guidance does: one more call per step, in which a replaced block hands its input through."""
-
-    def guidance(args):
-        options = comfy.model_patcher.set_model_options_patch_replace(
-            args["model_options"], lambda a, extra: a, "dit", "double_block", 1
-        )
-        (skipped,) = comfy.samplers.calc_cond_batch(
-            args["model"], [args["cond"]], args["input"], args["sigma"], options
-        )
-        return args["denoised"] + 0.5 * (args["cond_denoised"] - skipped)
-
     results = []
     for model in (lab.flux, site.every(lab)):
-        model = model.clone()
-        model.set_model_sampler_post_cfg_function(guidance)
+        model = skip_layer_guided(model, 1)
         results.append(lab.sample(model, cfg=3.0))
     assert lab.report(model)["filled"] >= 8
     assert relative(results[0], lab.sample(lab.flux, cfg=3.0)) > 1e-3
