@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from .lasting import lasting
+
 _lock = threading.Lock()
 _kept: dict[tuple, tuple[StorageWeakRef, Tensor]] = {}
 
@@ -34,7 +36,8 @@ def derived(tensor: Tensor, what: Hashable, make: Callable[[Tensor], Tensor]) ->
         found = _kept.get(key)
         if found is not None and not found[0].expired():
             return found[1]
-    value = make(tensor)
+    with lasting():
+        value = make(tensor)
     if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
         return value
     with _lock:

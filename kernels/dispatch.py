@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ from torch import Tensor
 from . import implementations
 from .choices import Choices
 from .implementations import Config, Implementation, Problem
+from .lasting import lasting
 from .layer import Layer
 
 log = logging.getLogger("slipstream")
@@ -32,7 +34,10 @@ log = logging.getLogger("slipstream")
 OutOfMemory = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)  # before torch 2.5
 
 VARIABLE = "SLIPSTREAM_KERNEL"
-CHECK_ROWS, CHECK_OUTPUTS = 77, 264  # no multiple of a tile, of 16 or of 128, but the outputs of 8
+
+# Rows and outputs that a kernel is checked with: no multiple of a tile. Triton compiles a variant of its own for sizes
+# that are multiples of 16, and one for a single row, so the check takes the sizes of the variant that will run.
+CHECK_ROWS, CHECK_OUTPUTS = {"one": 8, "sixteens": 80, "ragged": 77}, {"one": 1, "sixteens": 272, "ragged": 264}
 REPEATS = 5
 
 # A measured time this many times the best is not measured to the end.
@@ -138,7 +143,7 @@ def linear(x: Tensor, layer: Layer, kernel: str | None = None) -> Tensor:
     rows = x.reshape(-1, layer.k)
     if not len(rows) or x.is_meta:  # nothing to compute, or nothing to compute with
         return x.new_empty(*x.shape[:-1], layer.n)
-    if rows.stride(1) != 1:
+    if rows.stride(1) != 1 or rows.stride(0) % 16:  # other strides would be variants that no check has seen
         rows = rows.contiguous()
     if x.device.type != "cuda":
         return _run(rows, layer, kernel).view(*x.shape[:-1], layer.n)
@@ -161,7 +166,7 @@ def _run(x: Tensor, layer: Layer, kernel: str | None) -> Tensor:
             fault = f"it failed: {_one_line(error)}"
             _tell(state, implementation, fault)
             with state.lock:
-                state.faults[_mark(implementation, choice.config, layer, x.dtype)] = fault
+                state.faults[_mark(implementation, choice.config, layer, x)] = fault
                 state.chosen = {k: c for k, c in state.chosen.items() if c is not choice}
 
 
@@ -180,11 +185,23 @@ def _choice(state: _Device, x: Tensor, layer: Layer, name: str | None) -> _Choic
     found = state.chosen.get(key)
     if found is not None:
         return found
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        # Nothing can be compared or timed in a graph, and what serves it there is no choice for what comes later.
+        way = next(i for i in implementations.TABLE if i.name in ("dequant_torch", "reference"))
+        return _as_chosen(state, x, layer, way, (), {})
     with state.lock:
         found = state.chosen.get(key)
         if found is None:
-            found = state.chosen[key] = _decide(state, key, x, layer, name)
+            with lasting():  # what is compared and timed is no part of a forward
+                found = state.chosen[key] = _decide(state, key, x, layer, name)
     return found
+
+
+def _as_chosen(
+    state: _Device, x: Tensor, layer: Layer, way: Implementation, config: Config, times: dict[str, float]
+) -> _Choice:
+    rows = _up(len(x))
+    return _Choice(way, config, Running(state.label, layer.n, layer.k, layer.kind, rows, way.name, way.words, times))
 
 
 def _decide(state: _Device, key: str, x: Tensor, layer: Layer, name: str | None) -> _Choice:
@@ -198,14 +215,7 @@ def _decide(state: _Device, key: str, x: Tensor, layer: Layer, name: str | None)
     own = [i for i in fitting if (i.name == "reference") == (problem.device == "cpu")]
     fitting = named + [i for i in own if i.name != name]
 
-    def choice(implementation: Implementation, config: Config, times: dict[str, float]) -> _Choice:
-        row = Running(
-            state.label, layer.n, layer.k, layer.kind, _up(len(x)), implementation.name, implementation.words, times
-        )
-        return _Choice(implementation, config, row)
-
-    if x.is_cuda and torch.cuda.is_current_stream_capturing():  # nothing can be compared or timed in a graph
-        return choice(next(i for i in fitting if i.name in ("dequant_torch", "reference")), (), {})
+    choice = partial(_as_chosen, state, x, layer)
     stored = _stored(state)
     kept = stored.get(key)
     for implementation in fitting:
@@ -249,15 +259,23 @@ def _decide(state: _Device, key: str, x: Tensor, layer: Layer, name: str | None)
 
 def _fault(state: _Device, implementation: Implementation, config: Config, layer: Layer, x: Tensor) -> str:
     """Why it is not used for this kind of layer, looked at once; empty where it agrees with the reference."""
-    key = _mark(implementation, config, layer, x.dtype)
+    key = _mark(implementation, config, layer, x)
     if key not in state.faults:
         exact = implementation.name == "reference"
         state.faults[key] = "" if exact else _disagreement(implementation, config, layer, x)
     return state.faults[key]
 
 
-def _mark(implementation: Implementation, config: Config, layer: Layer, dtype: torch.dtype) -> tuple:
-    return implementation.name, config, layer.kind, dtype, layer.rank > 0
+def _mark(implementation: Implementation, config: Config, layer: Layer, x: Tensor) -> tuple:
+    """What a check is good for: one compiled variant."""
+    rank = _up(layer.rank) if layer.rank else 0  # the branch's tile is the next power of two
+    wide = layer.k % 128 == 0  # a tile of K
+    return implementation.name, config, layer.kind, x.dtype, rank, wide, _variant(len(x)), _variant(layer.n)
+
+
+def _variant(size: int) -> str:
+    """Which compiled variant of a kernel Triton takes for this number."""
+    return "one" if size == 1 else "sixteens" if size % 16 == 0 else "ragged"
 
 
 def _tell(state: _Device, implementation: Implementation, fault: str) -> None:
@@ -268,10 +286,11 @@ def _tell(state: _Device, implementation: Implementation, fault: str) -> None:
 
 def _disagreement(implementation: Implementation, config: Config, layer: Layer, x: Tensor) -> str:
     """Why an implementation is not to be used for layers like this one, in words; empty when it agrees."""
-    part = layer.rows(0, min(layer.n, CHECK_OUTPUTS))
+    part = layer.rows(0, min(layer.n, CHECK_OUTPUTS[_variant(layer.n)]))
+    rows = _variant(len(x))
     generator = torch.Generator(x.device)  # not torch's own, which a user's seed has set
     generator.seed()
-    sample = torch.randn(CHECK_ROWS, layer.k, generator=generator, device=x.device)
+    sample = torch.randn(CHECK_ROWS[rows], layer.k, generator=generator, device=x.device)
     if layer.unsigned:
         sample = torch.nn.functional.gelu(sample)
     if layer.smooth is not None:
@@ -279,7 +298,8 @@ def _disagreement(implementation: Implementation, config: Config, layer: Layer, 
     sample = sample.to(x.dtype)
     try:
         want = part.reference(sample, implementation.like).float()
-        got = implementation.run(sample, part, config).float()
+        calls = sample.split(1 if rows == "one" else len(sample))
+        got = torch.cat([implementation.run(call, part, config) for call in calls]).float()
         error = (got - want).norm(dim=1)
         size = want.norm(dim=1).clamp(min=1e-20)  # a layer of zeros has a result too
         whole, worst = float(error.norm() / size.norm()), float((error / size).max())

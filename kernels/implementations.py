@@ -17,11 +17,16 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from . import plain
 from .interpret import INTERPRET
+from .lasting import lasting
 from .layer import Layer
 from .reference import GELU_SHIFT
 
 HALVES = (torch.float16, torch.bfloat16)
 Config = tuple[int, ...]
+
+# Any Triton that can be imported expands weights. What multiplies on tensor cores, and K0's rotation, needs 3.4: of K1
+# 3.2 aborts the whole process while it compiles, and 3.3 compiles neither.
+TRITON, TENSOR_CORES = (3, 0), (3, 4)
 
 # What the output of an implementation may differ by, relative, in 16 bit: its own roundings and the reference's are
 # 2^-9 each in bfloat16, the branch's projection another, and a code that lies between two integers may fall either way.
@@ -78,7 +83,7 @@ class Problem:
         capability = torch.cuda.get_device_capability(x.device) if cuda else (0, 0)
         return cls(x.device.type, capability, hip and x.device.type == "cuda", x.dtype, len(x), layer)
 
-    def triton(self, oldest: tuple[int, int] = (3, 0)) -> bool:
+    def triton(self, oldest: tuple[int, int] = TRITON) -> bool:
         """Triton of a version can work here; in the interpreter it does on the CPU."""
         version = triton_version()
         return version is not None and version >= oldest and (self.device == "cuda" or INTERPRET)
@@ -93,7 +98,8 @@ class Problem:
     @property
     def tensor_cores(self) -> bool:
         """Triton's int8 products: not before Ampere (3.3 and newer cannot), not on AMD (inline PTX)."""
-        return self.triton() and self.tiled and ((self.dtype in HALVES and self.capability >= (8, 0)) or INTERPRET)
+        card = (self.dtype in HALVES and self.capability >= (8, 0)) or INTERPRET
+        return self.triton(TENSOR_CORES) and self.tiled and card
 
     @property
     def per_token(self) -> bool:
@@ -144,8 +150,12 @@ def quantised(x: Tensor, layer: Layer, per_row: bool, packed: bool = True):
         if len(last[2]) >= layers:
             _memo.last = None
         return result
-    result = make()
-    _memo.last = (mark, StorageWeakRef(storage), {weight}, result) if layers > 1 else None
+    if layers < 2:
+        _memo.last = None
+        return make()
+    with lasting():
+        result = make()
+    _memo.last = (mark, StorageWeakRef(storage), {weight}, result)
     return result
 
 
@@ -196,7 +206,7 @@ def _fits_int4(problem: Problem) -> bool:
 
 def _int8_cublas(x: Tensor, layer: Layer, config: Config) -> Tensor:
     problem = Problem.of(x, layer)
-    if not (problem.triton() and problem.tiled):
+    if not (problem.triton(TENSOR_CORES) and problem.tiled):
         return plain.int8_linear(x, layer)
 
     def codes(x: Tensor, layer: Layer) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -174,17 +176,168 @@ def test_threads_choose_once(on_a_card):
     checks = []
 
     def counted(x, layer, config):
-        checks.append(len(x) == dispatch.CHECK_ROWS)
+        checks.append(len(x) in dispatch.CHECK_ROWS.values())
         return expanded(x, layer, config)
 
     on_a_card(implementation("counted", counted, like=16))
-    x, parts = normal(8, 128), tensors()
+    x, parts = normal(9, 128), tensors()
     threads = [threading.Thread(target=linear.w4a4_linear, args=(x, *parts)) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert sum(checks) == 1 and len(checks) == 5
+
+
+def test_in_a_graph_nothing_is_chosen_for_later(on_a_card, monkeypatch):
+    """While a CUDA graph is captured nothing can be compared or timed; what serves it there must not stay."""
+    on_a_card(implementation("fast", expanded, like=16), implementation("dequant_torch", expanded, like=16))
+    layer = Layer(*tensors())
+    state = dispatch._state(torch.device("cpu"))
+
+    class OnCard:  # all of a tensor that is looked at
+        is_cuda, dtype = True, torch.float32
+
+        def __len__(self):
+            return 9
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert dispatch._choice(state, OnCard(), layer, None).running.name == "dequant_torch"
+    assert not state.chosen and not dispatch.running()
+
+
+class Launches:
+    """A kernel in whose place the launches are noted: what Triton compiles a variant for."""
+
+    def __init__(self, name: str, seen: set):
+        self.name, self.seen = name, seen
+
+    def __getitem__(self, grid):
+        return self.launch
+
+    def launch(self, *arguments, **constants) -> None:
+        def kind(value):
+            if isinstance(value, torch.Tensor):
+                return value.dtype, value.data_ptr() % 16 == 0
+            return ("one" if value == 1 else value % 16 == 0) if isinstance(value, int) else value
+
+        self.seen.add((self.name, *map(kind, arguments), *sorted(constants.items(), key=str)))
+
+
+VARIANTS = [  # rows, outputs, inputs, rank
+    (4096, 3072, 3072, 32), (77, 3072, 3072, 32), (32760, 264, 192, 16), (1, 512, 320, 0), (16, 40, 128, 64),
+    (1, 1, 64, 16),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("rows, outputs, inputs, rank", VARIANTS)
+@pytest.mark.parametrize("name", ["int8_triton", "fold_triton", "int4_native", "dequant_triton", "rows"])
+def test_the_check_compiles_what_the_call_will_run(monkeypatch, name, rows, outputs, inputs, rank):
+    """Triton compiles another variant for sizes that are multiples of 16, and for 1: the check has to launch the
+    call's own, or it proves nothing of it and costs a compile."""
+    pytest.importorskip("triton")
+    from slipstream.kernels import activations, dequant, gemm
+
+    seen: set = set()
+    kernels = [(activations, "quant_groups"), (activations, "quant_rows"), (gemm, "gemm_groups"), (gemm, "gemm_rows")]
+    for module, kernel in [*kernels, (dequant, "expand_weight")]:
+        monkeypatch.setattr(module, kernel, Launches(kernel, seen))
+    if name == "int4_native":
+        native = pytest.importorskip("slipstream.kernels.int4_native", reason="this Triton has no Gluon")
+        monkeypatch.setattr(native, "gemm_int4", Launches("gemm_int4", seen))
+    codes = torch.randint(-8, 8, (outputs, inputs)).to(torch.int8)
+    half = {"dtype": torch.bfloat16}
+    if name == "rows":
+        layer = Layer(codes, normal(outputs), None, None, None, normal(outputs).to(**half), 8, 8, 0, rotation=64)
+    else:
+        down, up = normal(inputs, rank).to(**half), normal(outputs, rank).to(**half)
+        branch = (down, up) if rank else (None, None)
+        bits = 8 if name == "fold_triton" else 4
+        layer = Layer(
+            pack_int4(codes), normal(inputs // 64, outputs).to(**half), *branch, None, normal(outputs).to(**half), bits,
+            rotation=64,
+        )  # fmt: skip
+    table = {way.name: way for way in implementations.TABLE}
+    way = table["int8_triton" if name == "rows" else name]
+    problem = implementations.Problem("cuda", (8, 6), False, torch.bfloat16, rows, layer)
+    x = torch.empty(rows, inputs, **half)
+    for config in way.configs(problem):
+        seen.clear()
+        way.run(x, layer, config)
+        called = set(seen)
+        seen.clear()
+        dispatch._disagreement(way, config, layer, x)
+        assert seen == called
+
+
+@pytest.mark.parametrize(
+    "version, served", [((3, 2), False), ((3, 3), False), ((3, 4), True), ((3, 9), True), (None, False)]
+)
+def test_old_tritons_are_not_asked_for_tensor_cores(monkeypatch, version, served):
+    """3.2 aborts the whole process while it compiles K1, 3.3 compiles neither that nor K0's rotation."""
+    monkeypatch.setattr(implementations, "triton_version", lambda: version)
+    packed, scale, *rest = tensors()
+    layers = [
+        Layer(packed, scale, *rest, act_bits=bits, rotation=rotation) for bits in (4, 8) for rotation in (0, 64)
+    ] + [Layer(packed, scale[0].float(), group_size=0, rotation=64)]
+    tensor_cores = {"int4_native", "int8_triton", "fold_triton"}
+    found = set()
+    for layer in layers:
+        problem = implementations.Problem("cuda", (8, 9), False, torch.bfloat16, 64, layer)
+        found |= {way.name for way in implementations.TABLE if way.fits(problem)}
+    assert bool(found & tensor_cores) == served
+    assert ("dequant_triton" in found) == (version is not None) and "dequant_torch" in found
+    # cuBLAS's way has its codes from plain torch then: K0 is not imported
+    asked = []
+
+    class Modules:
+        def import_module(self, name, package):
+            asked.append(name)
+            return SimpleNamespace(int8_weight=None)
+
+    monkeypatch.setattr(implementations, "importlib", Modules())
+    monkeypatch.setattr(plain, "int8_linear", lambda x, layer, *ways: ways)
+    monkeypatch.setattr(
+        implementations.Problem, "of", classmethod(lambda cls, x, layer: cls("cuda", (8, 9), False, x.dtype, 64, layer))
+    )
+    implementations._int8_cublas(torch.empty(64, 128, dtype=torch.bfloat16), layers[-1], ())
+    assert bool(asked) == served
+
+
+def test_what_lasts_is_allocated_in_the_callers_context_and_entered_once(on_a_card, monkeypatch):
+    """A host's record of a forward must not see what is derived, shared or measured; its pause does not nest."""
+    from slipstream.kernels import lasting
+
+    depth, entered = [0], []
+
+    @contextlib.contextmanager
+    def outside():
+        depth[0] += 1
+        entered.append(depth[0])
+        yield
+        depth[0] -= 1
+
+    monkeypatch.setattr(lasting, "_outside", outside)
+    derived.derived(normal(6, 5), "double", lambda t: t * depth[0])
+    assert entered == [1]
+    factor = normal(128, 16)
+
+    def way(x, layer, config):
+        derived.derived(factor * 1, "any", lambda t: t + depth[0])
+        return expanded(x, layer, config)
+
+    on_a_card(implementation("way", way, like=16), implementation("other", way, like=16))
+    linear.w4a4_linear(normal(9, 128), *tensors())
+    assert max(entered) == 1 and depth[0] == 0
+    pytest.importorskip("triton")
+    from slipstream.kernels import activations
+
+    made = []
+    monkeypatch.setattr(activations, "quantise", lambda *a, **k: made.append(depth[0]) or torch.zeros(1))
+    for share in (None, ("alone", 1), ("q, k, v", 3)):
+        implementations.quantised(normal(9, 128), Layer(*tensors(), share=share), False)
+    assert made == [0, 0, 1]  # what serves this call alone is the call's own
+    implementations.forget()
 
 
 def test_plain_torch_serves_every_format():
