@@ -53,13 +53,21 @@ class Memory:
         for storage in order:
             on_device = storage is not Storage.RAM or device.type == "cpu"
             size = compact if storage is Storage.INT8 else nbytes
-            if on_device and size > left:
-                continue
             if on_device:
+                if size > left or not _make_room(size, device):
+                    continue
                 self.planned += size
-                if device.type != "cpu":
-                    comfy.model_management.free_memory(size, device)
             self.places.add(storage.value if storage is not Storage.DEVICE else str(device.type))
             return storage
         self.full = True
         return None
+
+
+def _make_room(size: int, device: torch.device) -> bool:
+    """Let the host free `size` bytes of a card; whether they are free. Models in use stay: this is asked for in the
+    middle of a forward, and left to itself the host would unload the network that is running."""
+    if device.type == "cpu":
+        return True
+    running = [loaded for loaded in comfy.model_management.current_loaded_models if loaded.currently_used]
+    comfy.model_management.free_memory(size, device, keep_loaded=running)
+    return comfy.model_management.get_free_memory(device) >= size

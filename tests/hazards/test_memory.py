@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import weakref
 
 import comfy.model_management
 import pytest
@@ -82,7 +83,9 @@ def test_h69_what_a_prompt_change_frees_is_free_again(lab, monkeypatch):
 def test_h69_on_a_card_the_order_is_card_then_ram_and_the_host_is_told(monkeypatch):
     told = []
     monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda device: 1000.0)
-    monkeypatch.setattr(comfy.model_management, "free_memory", lambda size, device: told.append((size, device.type)))
+    monkeypatch.setattr(
+        comfy.model_management, "free_memory", lambda size, device, keep_loaded: told.append((size, device.type))
+    )
     card = torch.device("cuda")
     memory = Memory()
     assert memory.limit(card) == AUTOMATIC_SHARE * 1000
@@ -91,6 +94,32 @@ def test_h69_on_a_card_the_order_is_card_then_ram_and_the_host_is_told(monkeypat
     assert Memory("int8").place(100, card) is Storage.INT8
     assert Memory("RAM", 1).place(10**9, card) is Storage.RAM
     assert Memory("GPU", 1).place(10**7, card) is Storage.RAM  # the budget holds, whatever is asked for
+
+
+def test_h69_room_is_made_of_what_is_not_running_or_the_cache_goes_to_ram(lab, monkeypatch):
+    """The host's own `free_memory`, on a device that stands for a card: it would unload the network in mid-forward."""
+    management, card, unloaded = comfy.model_management, torch.device("meta"), []
+    running, idle = lab.flux, lab.unet
+    monkeypatch.setattr(management, "current_loaded_models", [])
+    for model in (running, idle):
+        model.load_device = card
+        loaded = management.LoadedModel(model)
+        loaded.real_model, loaded.currently_used = weakref.ref(model.model), model is running
+        management.current_loaded_models.append(loaded)
+
+    def free(device=None, torch_free_too=False):
+        return (1000.0 * len(unloaded), 0.0) if torch_free_too else 1000.0 * len(unloaded)
+
+    monkeypatch.setattr(management, "get_free_memory", free)
+    monkeypatch.setattr(management.LoadedModel, "model_memory", lambda self: 1000)
+    monkeypatch.setattr(management.LoadedModel, "model_offloaded_memory", lambda self: 0)
+    monkeypatch.setattr(
+        management.LoadedModel, "model_unload", lambda self, *rest, **others: unloaded.append(self.model) or True
+    )
+    memory = Memory("GPU", 1)
+    assert memory.place(100, card) is Storage.DEVICE
+    assert [model is idle for model in unloaded] == [True]
+    assert memory.place(5000, card) is Storage.RAM and len(unloaded) == 1  # what runs stays, though room is short
 
 
 def test_the_node_shows_what_was_chosen_and_how_much_is_kept(lab):
