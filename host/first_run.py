@@ -23,6 +23,7 @@ from torch import Tensor
 from ..quant.calibration import Collector, Statistics, uniform_steps
 from ..quant.formats import FORMATS
 from . import sites
+from .allocations import unrecorded
 from .conflicts import MARKS
 from .quant_layers import (
     KEY,
@@ -237,7 +238,8 @@ def first_run(patcher, wish: QuantWish, run: ShortRun, teller: Teller) -> Quanti
     count = f"{run.steps} evaluation{'s' * (run.steps > 1)}"
     if not why_not:
         teller.say(f"measuring {count}")
-        with in_words(patcher, "while the first run was measured"), watching(plan.linears, collectors) as seen:
+        measured = in_words(patcher, "while the first run was measured")
+        with measured, unrecorded(), watching(plan.linears, collectors) as seen:
             true = run.sample(patcher.clone())
         why_not = "" if seen else "none of its layers was seen at work"
     if why_not:

@@ -8,7 +8,8 @@ from pathlib import Path
 import folder_paths
 from comfy.patcher_extension import WrappersMP
 
-from ..kernels import dispatch, implementations
+from ..kernels import dispatch, implementations, lasting
+from .allocations import outside
 from .events import show
 from .profiles import USER_FOLDER
 
@@ -16,7 +17,9 @@ KEY = "slipstream_kernels"
 
 
 def keep_choices() -> None:
-    """Read and write what was measured on this machine in the host's user folder."""
+    """Read and write what was measured on this machine in the host's user folder, and let what kernels keep lie outside
+    of the host's records."""
+    lasting.allocate_in(outside)
     dispatch.cache_in(Path(folder_paths.get_user_directory(), USER_FOLDER))
 
 

@@ -12,6 +12,7 @@ from comfy.patcher_extension import CallbacksMP, WrappersMP
 
 from ..engine.profile import Profile
 from . import blocks, events, profiles, sites, unet
+from .allocations import unrecorded
 from .architectures import Architecture, architecture_of
 from .blocks import EACH, FEATURES, STACK, Blocks
 from .calls import PatchedForward, own_forwards
@@ -146,12 +147,12 @@ def sample_with_plan(executor, *args, **kwargs):
     guider = executor.class_obj
     run = open_run(guider, args, kwargs)
     original = guider.model_options
-    guider.model_options = comfy.model_patcher.create_model_options_clone(original)
-    network = _network(guider.model_patcher)
-    sites.attach(run, guider, network)
-    gauge = Gauge(guider.model_patcher.load_device)
     try:
-        with gauge, sites.watching(run, network):
+        guider.model_options = comfy.model_patcher.create_model_options_clone(original)
+        network = _network(guider.model_patcher)
+        sites.attach(run, guider, network)
+        gauge = Gauge(guider.model_patcher.load_device)
+        with gauge, sites.watching(run, network), unrecorded(not run.steady):
             result = executor(*args, **kwargs)
     except BaseException:
         log.info("Slipstream: stopped after %d evaluations", len(run.evaluations))

@@ -263,9 +263,9 @@ def in_words(model, where: str) -> Iterator[None]:
     """Memory and disk errors as one sentence; the model is left as it was in any case."""
     try:
         yield
-    except (MemoryError, torch.cuda.OutOfMemoryError, RuntimeError) as error:
-        said = str(error).lower()
-        if type(error) is RuntimeError and "out of memory" not in said and "can't allocate memory" not in said:
+    except (MemoryError, RuntimeError) as error:
+        said, by_type = str(error).lower(), isinstance(error, MemoryError | torch.cuda.OutOfMemoryError)
+        if not by_type and "out of memory" not in said and "can't allocate memory" not in said:
             raise
         comfy.model_management.soft_empty_cache()
         raise SlipstreamError(

@@ -121,6 +121,11 @@ class Run:
             return f"nothing is skipped: at {self.clock.steps} steps every one of them counts"
         return ""
 
+    @property
+    def steady(self) -> bool:
+        """Whether every evaluation computes the same and leaves nothing behind: no fill, no anchor, no recorder."""
+        return bool(self.note) and self.compensator is None and self.recorder is None
+
     def refuse(self, why: str) -> None:
         """From now on everything is computed, and the node says why."""
         self.note = f"nothing more is skipped: {why}"

@@ -20,6 +20,7 @@ from comfy.patcher_extension import WrappersMP
 from ..engine.coordinates import level_in
 from . import events
 from .account import Evaluation
+from .allocations import unrecorded
 from .bridge import RANGE, bridge, check_cfg, check_guider, check_latents, check_range, check_width, name_of
 from .gauge import Gauge
 from .sampling import Clock, sampler_traits
@@ -110,7 +111,7 @@ def sample_switched(executor, *args, **kwargs):
     run = SwitchedRun(guider, spans(segments_of(guider.model_patcher), sigmas, source), sigmas, args, kwargs)
     gauge = Gauge(guider.model_patcher.load_device)
     try:
-        with gauge:
+        with gauge, unrecorded():  # the next model's forward is another one
             result = run.sample(executor, args, kwargs)
     finally:
         run.close()

@@ -33,6 +33,8 @@ REASONS: list[tuple[str, str, str]] = [
         "cache predictor calibrate quantize files convert compensator switch pruned report",
         "It speaks to no server.",
     ),
+    ("H80", "convert pruned", "It samples nothing and leaves nothing in a network's forward."),
+    ("H80", "remote", "Its part of the run is computed by the other server, whose own host it is."),
     ("H78-H79", "predictor switch", "It reads and writes no file."),
     ("H79", "compensator", "It reads a profile and writes none; Calibrate does."),
     ("H79", "quantize", "It writes no file; Save Quantized Model and Quantize Model File do."),

@@ -101,6 +101,9 @@ GROUPS: dict[str, dict[str, str]] = {
         "H78": "files that are damaged, foreign or hostile",
         "H79": "a full disk, or the end of the process, while a file is written",
     },
+    "Hosts from 0.34 on": {
+        "H80": "the host records what a forward allocates and replays it (a stand-in of its recorder)",
+    },
 }
 ROWS: dict[str, str] = {row: title for group in GROUPS.values() for row, title in group.items()}
 

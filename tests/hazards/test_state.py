@@ -15,8 +15,9 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode
 from lab import relative
+from slipstream.demo import emoji
 from slipstream.engine.history import History
-from slipstream.host import patcher
+from slipstream.host import patcher, sites
 from slipstream.host.errors import SlipstreamError
 from slipstream.host.plan import CacheConfig, PredictorConfig
 from slipstream.host.run import Run
@@ -97,6 +98,33 @@ def test_h06_an_error_inside_the_network_leaves_nothing(lab, error):
         lab.sample(broken)
     assert torch.equal(lab.sample(model), clean)
     assert torch.equal(lab.sample(base), plain)
+
+
+def test_h06_a_run_that_cannot_be_attached_leaves_the_guider_as_it_was(lab, monkeypatch):
+    """The host keeps guiders between runs: one of ours left on it would answer for a run that is over."""
+    model = lab.every(lab.flux)
+    guider = comfy.samplers.CFGGuider(model)
+    guider.set_conds(emoji.conditioning("hamburger"), emoji.conditioning(""))
+    given, attach = [], sites.attach
+
+    def failing(run, guider, network):
+        attach(run, guider, network)
+        raise AttributeError("a network without blocks")
+
+    def before(executor, *args, **kwargs):
+        given.append(executor.class_obj.model_options)
+        try:
+            return executor(*args, **kwargs)
+        finally:
+            given.append(executor.class_obj.model_options)
+
+    model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, "another pack", before)
+    model.wrappers[WrappersMP.OUTER_SAMPLE] = dict(reversed(model.wrappers[WrappersMP.OUTER_SAMPLE].items()))
+    monkeypatch.setattr(sites, "attach", failing)
+    latent, sigmas = lab.latent(model), torch.linspace(1, 0, 9)
+    with pytest.raises(AttributeError, match="without blocks"), torch.inference_mode():
+        guider.sample(latent, latent, comfy.samplers.sampler_object("euler"), sigmas, disable_pbar=True)
+    assert len(given) == 2 and given[0] is given[1]
 
 
 @pytest.mark.parametrize("ending", ["finished", "cancelled"])
@@ -298,6 +326,8 @@ def test_h18_no_mutable_module_globals():
         ("kernels/dispatch.py", "_devices"),  # which kernel serves which shape on which card, behind a lock
         ("kernels/dispatch.py", "_folder"),  # where that is kept
         ("kernels/dispatch.py", "_use"),  # the user's override
+        ("kernels/lasting.py", "_outside"),  # where the host wants what lasts to be allocated
+        ("host/allocations.py", "_record"),  # how many runs keep the host's compiler off, behind a lock
         ("kernels/derived.py", "_kept"),  # other layouts of a weight, which go with its memory
         ("host/reference.py", "_COPIES"),  # 8-bit copies of layers, which go with the layer
     }
