@@ -4,6 +4,7 @@
     python dev.py demo                      sample with and without Slipstream, write demo/out
     python dev.py test [--all] [pytest arguments]   lint and all tests, against the real host; --all: the long ones too
     python dev.py bench NAME                write bench/out/NAME.json
+    python dev.py card --out DIR            what a graphics card can tell in ten minutes; --dry without one
     python dev.py serve                     start ComfyUI with the pack and the demo nodes
     python dev.py host --path DIR COMMAND   the same with any other ComfyUI checkout
     python dev.py hosts --repo DIR          the smoke set in every release that a local ComfyUI clone holds
@@ -26,6 +27,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 DEV = ROOT / ".dev"
+CARD = ROOT / ".card"  # what `python dev.py card --pack` has put beside the checkout
 PINS = ROOT / ".ci" / "host-requirements.txt"
 TOOLS = ROOT / ".ci" / "dev-requirements.txt"
 
@@ -47,7 +49,7 @@ class Stop(Exception):
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = {"demo": demo, "test": test, "bench": bench, "serve": serve}
+    commands = {"demo": demo, "test": test, "bench": bench, "card": card, "serve": serve}
     parser.add_argument("command", choices=[*commands, "host", "hosts"])
     parser.add_argument("--path", default=os.environ.get("COMFYUI_PATH"), help="a ComfyUI checkout to use instead")
     options, rest = parser.parse_known_args(argv)
@@ -58,7 +60,10 @@ def main(argv: list[str]) -> int:
         if not options.path:
             raise Stop("`python dev.py host` needs --path with the folder of a ComfyUI checkout.")
         command, rest = (rest[0], rest[1:]) if rest and rest[0] in commands else ("test", rest)
-    environment = Environment(Path(options.path).expanduser().resolve() if options.path else None)
+    packed = command == "card" and not options.path and "--pack" not in rest and (CARD / "host").is_dir()
+    environment = (
+        Packed() if packed else Environment(Path(options.path).expanduser().resolve() if options.path else None)
+    )
     environment.prepare()
     return commands[command](environment, rest)
 
@@ -112,6 +117,10 @@ def bench(environment: Environment, rest: list[str]) -> int:
     if not rest or rest[0] not in names:
         raise Stop(f"`python dev.py bench` needs one of these names: {', '.join(names)}.")
     return environment.python("-m", f"bench.{rest[0]}", *rest[1:])
+
+
+def card(environment: Environment, rest: list[str]) -> int:
+    return environment.python("-m", "bench.speed.card.run", *rest)
 
 
 def serve(environment: Environment, rest: list[str]) -> int:
@@ -225,6 +234,18 @@ class Environment:
         if process.wait():
             shown = "\n".join(lines[-5:])
             raise Stop(f"This step failed; is the package registry reachable, and is there disk space?\n{shown}")
+
+
+class Packed(Environment):
+    """The Python that runs this, with the host and the packages of CARD: for a machine that reaches no registry."""
+
+    def __init__(self) -> None:
+        self.host, self.executable = CARD / "host", sys.executable
+        paths = (str(CARD / "site"), os.environ.get("PYTHONPATH"))
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+
+    def prepare(self) -> None:
+        pass
 
 
 def name_of(requirement: str) -> str:

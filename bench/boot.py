@@ -13,6 +13,8 @@ PACK = "slipstream"
 
 def boot(host: str | None = None) -> None:
     """Make `comfy` (from COMFYUI_PATH) and `slipstream` (this checkout) importable; on the CPU without a card."""
+    if PACK in sys.modules and "comfy" in sys.modules:
+        return
     import torch
 
     path = Path(host or os.environ.get("COMFYUI_PATH", ""))

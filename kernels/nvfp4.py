@@ -121,8 +121,12 @@ def linear(
     *,
     rotation: int = 0,
     tile: Tile = TILE,
+    by_numbers: bool = INTERPRET,
 ) -> Tensor:
-    """`reference.nvfp4_linear` for x (M, K), K a multiple of 64 and of the rotation, a branch of rank up to 64."""
+    """`reference.nvfp4_linear` for x (M, K), K a multiple of 64 and of the rotation, a branch of rank up to 64.
+
+    by_numbers: multiply the numbers that the codes stand for, where there is no instruction for the codes.
+    """
     (m, k), n = x.shape, packed.shape[0]
     bk = block_k(k, rotation)
     if not bk:
@@ -147,6 +151,6 @@ def linear(
         codes.view(torch.uint8), packed.view(torch.uint8), scales, block_scale, channel_scale, low, up, bias, out,
         m, n, k, rank,
         LOW=rank > 0, BIAS=bias is not out, BM=tile.m, BN=tile.n, BK=128 if k % 128 == 0 else 64,
-        BR=16 if rank <= 16 else 32, STAGES=tile.stages, INTERP=INTERPRET, num_warps=tile.warps,
+        BR=16 if rank <= 16 else 32, STAGES=tile.stages, INTERP=by_numbers, num_warps=tile.warps,
     )  # fmt: skip
     return out

@@ -10,8 +10,9 @@ from torch import Tensor
 # Shares of the absolute maximum that are tried as a group's clipping point (13, as in the research's prototype).
 RATIOS = tuple(0.70 + 0.025 * i for i in range(13))
 
-# Elements rounded at a time: the working set of a scale search stays in the processor's cache.
-CHUNK = 1 << 18
+# Elements rounded at a time. On a CPU the working set of a scale search stays in the cache; a card needs few launches
+# (at a CPU's size 9.3 million for FLUX), and 64 MB for each of a handful of temporaries.
+CHUNK, CARD_CHUNK = 1 << 18, 1 << 24
 
 # GPTQ as published and as deepcompressor runs it: share of the mean diagonal, columns per block.
 DAMPING, BLOCK = 0.01, 128
@@ -56,7 +57,7 @@ def rtn(
     qmax = (1 << (bits - 1)) - 1
     codes = torch.empty(n, k, dtype=torch.int8, device=weight.device)
     scales = torch.empty(n, k // group_size, dtype=scale_dtype, device=weight.device)
-    step = max(1, CHUNK // k)
+    step = _rows(weight)
     for start in range(0, n, step):
         part = weight[start : start + step].float()
         groups = part.view(len(part), -1, group_size)
@@ -70,12 +71,16 @@ def rounded_to_nearest(weight: Tensor, group_size: int, bits: int = 4, dtype: to
     """`rtn(...).dequantise()` with absmax scales, float32 (N, K), without codes in between: for trying candidates."""
     qmax = (1 << (bits - 1)) - 1
     found = torch.empty_like(weight, dtype=torch.float32)
-    step = max(1, CHUNK // weight.shape[1])
+    step = _rows(weight)
     for part, out in zip(weight.split(step), found.split(step), strict=True):
         groups = part.float().view(len(part), -1, group_size)
         scale = _scales(groups, qmax, False, dtype).float()[..., None]
         torch.div(groups, scale, out=out.view(groups.shape)).round_().clamp_(-qmax, qmax).mul_(scale)
     return found
+
+
+def _rows(weight: Tensor) -> int:
+    return max(1, (CHUNK if weight.device.type == "cpu" else CARD_CHUNK) // weight.shape[1])
 
 
 def _codes(groups: Tensor, scale: Tensor, qmax: int) -> Tensor:

@@ -19,6 +19,7 @@ from slipstream.host.run import Run
 SNAPSHOT = 64 * 256 * 4
 
 
+@pytest.mark.card
 @pytest.mark.parametrize(
     ("options", "snapshots"),
     [
@@ -38,6 +39,7 @@ def test_h69_the_count_is_the_formula(lab, options, snapshots):
     assert lab.report(model)["cache_bytes"] == 2 * 2 * snapshots * SNAPSHOT
 
 
+@pytest.mark.card
 @every_site
 def test_h69_eight_bits_halve_the_cache_and_stay_near(lab, site):
     full, small = site.every(lab, 2, node="1"), site.every(lab, 2, cache_device="int8", node="2")

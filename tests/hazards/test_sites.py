@@ -40,6 +40,7 @@ class Counted:
             hook.remove()
 
 
+@pytest.mark.card
 @every_site
 def test_what_is_skipped_really_does_not_run(lab, site):
     base, model = getattr(lab, site.model), site.every(lab)
@@ -53,6 +54,7 @@ def test_what_is_skipped_really_does_not_run(lab, site):
     assert plain.runs > 0 and skipped.runs * 2 == plain.runs
 
 
+@pytest.mark.card
 @every_site
 def test_h01_off_is_bit_identical(lab, site):
     base = getattr(lab, site.model)
@@ -65,6 +67,7 @@ def test_h01_off_is_bit_identical(lab, site):
     assert torch.equal(lab.sample(base, cfg=3.0), plain)  # H03: what was patched is not there any more
 
 
+@pytest.mark.card
 @every_site
 def test_h02_h15_the_second_queue_is_the_same_and_still_skips(lab, site):
     model = site.every(lab)

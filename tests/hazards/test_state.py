@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 MODELS = ["flux", "unet", "sd3"]
 
 
+@pytest.mark.card
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("cfg", [1.0, 3.0])
 def test_h01_off_is_bit_identical(lab, name, cfg):
@@ -39,6 +40,7 @@ def test_h01_off_is_bit_identical(lab, name, cfg):
     assert report["evaluations"] == report["computed"] == 16
 
 
+@pytest.mark.card
 def test_h02_same_seed_twice(lab):
     model = lab.every(lab.flux)
     assert torch.equal(lab.sample(model, cfg=3.0), lab.sample(model, cfg=3.0))
@@ -65,6 +67,7 @@ def stop_at(step, error):
     return callback
 
 
+@pytest.mark.card
 @pytest.mark.parametrize("error", [comfy.model_management.InterruptProcessingException, Stopped])
 def test_h04_h05_a_cancelled_run_stops_at_once_and_leaves_nothing(lab, error):
     base = lab.flux
@@ -176,6 +179,7 @@ def test_h09_the_order_of_the_branches_does_not_matter(lab):
     assert torch.equal(*results)
 
 
+@pytest.mark.card
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_h10_inputs_are_never_written_to(lab, dtype):
     model = lab.every(lab.flux)

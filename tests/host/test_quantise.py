@@ -149,6 +149,7 @@ def test_factors_hold_what_they_can():
 # Quality
 
 
+@pytest.mark.card
 @pytest.mark.parametrize(("name", "floor"), [("flux", 25), ("trained_unet", 40)])
 def test_quantised_sampling_is_near_the_plain_one(lab, name, floor, record_property):
     base = getattr(lab, name)
@@ -195,6 +196,7 @@ def test_every_family_runs_quantised(monkeypatch, name):
 # The base model, clones, memory
 
 
+@pytest.mark.card
 def test_base_and_clones_in_turns(lab, flux4):
     base = lab.flux
     weights = {name: tensor.clone() for name, tensor in base.model.state_dict().items()}
@@ -268,6 +270,7 @@ def test_weights_on_another_device_are_copied_for_the_call():
 # LoRA
 
 
+@pytest.mark.card
 def test_lora_before_and_after_and_removed(lab, flux4):
     base = lab.flux
     plain, full = plain_sample(lab, base), plain_sample(lab, with_lora(base))
@@ -392,6 +395,7 @@ def test_a_hook_is_refused_in_a_sentence(lab, flux4):
 # Together with the other nodes
 
 
+@pytest.mark.card
 def test_cache_and_predictor_on_top(lab, flux4):
     reference = lab.sample(flux4)
     fast = lab.every(flux4, 2)

@@ -124,6 +124,7 @@ def test_a_batch_and_runs_without_a_switch_in_them(lab, twin):
 # Two and three models, against the same by hand
 
 
+@pytest.mark.card
 def test_two_models_equal_two_runs_one_after_the_other(lab, other):
     by_hand = chain(lab, [(lab.unet, 0, 4, {}), (other, 4, 10, {})], cfg=3.0)
     model = switch(lab.unet, other)
@@ -150,6 +151,7 @@ def test_h76_chained_nodes_make_one_list(lab, other, order):
     assert events.last_report(type("Sixth", (), {"node_ids": ("6",)})) == report()
 
 
+@pytest.mark.card
 def test_there_and_back_again(lab, other):
     by_hand = chain(lab, [(lab.unet, 0, 3, {}), (other, 3, 7, {}), (lab.unet, 7, 10, {})])
     model = switch(switch(lab.unet, other, 0.3), lab.unet, 0.7)
