@@ -26,7 +26,7 @@ class Line:
 PLAN = (
     Line("card", "which card this is, and what it does at best", 30, "kernels:card"),
     Line("correctness", "does every kernel agree with float64, and what does a first call cost", 100, "kernels:agree"),
-    Line("tests", "do the promises hold on a card", 60, "tests:on_a_card"),
+    Line("tests", "do the promises hold on a card", 75, "tests:on_a_card"),
     Line("small models", "are cache and 4 bit as near to the plain run as on the CPU", 60, "small:small_models"),
     Line("calls", "microseconds of the host's side per quantised layer", 20, "calls:per_layer"),
     Line("K0", "how far the quantising pass is above the bytes it moves", 25, "kernels:k0"),
