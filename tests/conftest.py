@@ -16,7 +16,7 @@ boot()
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from lab import Lab  # noqa: E402
+from sampling import Lab  # noqa: E402
 
 torch.set_num_threads(1)
 

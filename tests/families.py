@@ -16,7 +16,7 @@ import comfy.model_patcher
 import comfy.sd
 import comfy.supported_models
 import torch
-from lab import random_weights
+from sampling import random_weights
 from safetensors.torch import save_file
 
 

@@ -18,7 +18,7 @@ import folder_paths
 import node_helpers
 import scenes
 import torch
-from lab import Lab, random_weights, relative
+from sampling import Lab, random_weights, relative
 from slipstream.demo import emoji
 from slipstream.host import events, quant_files, quant_load
 from slipstream.host.patcher import add_compensator

@@ -11,7 +11,7 @@ import families
 import folder_paths
 import pytest
 import torch
-from lab import relative
+from sampling import relative
 from scenes import controlled, guided, scheduled
 from slipstream.demo import emoji
 from slipstream.engine.history import History

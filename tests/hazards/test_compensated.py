@@ -12,7 +12,7 @@ import gc
 import comfy.model_management
 import pytest
 import torch
-from lab import relative
+from sampling import relative
 from scenes import guided, scheduled
 from slipstream.demo import emoji
 from slipstream.engine.anchors import Carried

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lab import relative
+from sampling import relative
 from scenes import guided, scheduled
 from slipstream.demo import emoji
 from slipstream.host.sampling import active_conditioning

@@ -9,7 +9,7 @@ import folder_paths
 import pytest
 import torch
 from comfy_api.torch_helpers import set_torch_compile_wrapper
-from lab import relative
+from sampling import relative
 from slipstream.demo import emoji
 from slipstream.host import patcher, profiles, report
 from slipstream.host.calibrate import calibrate

@@ -8,7 +8,7 @@ import weakref
 import comfy.model_management
 import pytest
 import torch
-from lab import relative
+from sampling import relative
 from scenes import SITES, every_site
 from slipstream.engine.history import Storage
 from slipstream.host import events

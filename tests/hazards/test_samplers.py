@@ -5,7 +5,7 @@ from __future__ import annotations
 import comfy.samplers
 import pytest
 import torch
-from lab import relative
+from sampling import relative
 from slipstream.host.sampling import Clock, sampler_traits
 
 TWO_EVALUATIONS = ["heun", "heunpp2", "dpm_2", "dpmpp_2s_ancestral", "dpmpp_sde", "seeds_2"]

@@ -12,7 +12,7 @@ import comfy.model_management
 import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
-from lab import relative
+from sampling import relative
 from scenes import SITES, Site, every_site, repeated
 from slipstream.engine.history import History
 from slipstream.host.blocks import BlockCall, BlockSite

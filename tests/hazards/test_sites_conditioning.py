@@ -8,7 +8,7 @@ import comfy.samplers
 import node_helpers
 import pytest
 import torch
-from lab import relative
+from sampling import relative
 from scenes import SITES, Site, controlled, guided, predicting, repeated, scheduled, skip_layer_guided
 from slipstream.demo import emoji
 

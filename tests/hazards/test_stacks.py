@@ -17,7 +17,7 @@ import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
 from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode
-from lab import relative
+from sampling import relative
 from scenes import predicting
 from slipstream.engine.anchors import Carried
 from slipstream.engine.history import History

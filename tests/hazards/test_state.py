@@ -13,7 +13,7 @@ import comfy.samplers
 import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
-from lab import relative
+from sampling import relative
 from slipstream.demo import emoji
 from slipstream.engine.history import History
 from slipstream.host import patcher, sites

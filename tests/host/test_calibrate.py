@@ -8,7 +8,7 @@ import comfy.samplers
 import folder_paths
 import pytest
 import torch
-from lab import relative
+from sampling import relative
 from slipstream.demo import emoji
 from slipstream.engine.profile import Profile
 from slipstream.engine.search import uniform

@@ -10,7 +10,7 @@ import comfy.weight_adapter
 import folder_paths
 import pytest
 import torch
-from lab import relative
+from sampling import relative
 from slipstream.demo import emoji
 from slipstream.engine.anchors import placed
 from slipstream.engine.metrics import psnr

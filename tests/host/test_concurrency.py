@@ -14,7 +14,7 @@ from types import ModuleType, SimpleNamespace
 import comfy.sampler_helpers
 import pytest
 import torch
-from lab import Lab, relative
+from sampling import Lab, relative
 from slipstream.demo import emoji
 from slipstream.engine.files import write_whole
 from slipstream.host import events, first_run

@@ -7,7 +7,7 @@ import comfy.sample
 import families
 import pytest
 import torch
-from lab import relative
+from sampling import relative
 from slipstream.host.architectures import ROWS, UNKNOWN, architecture_of
 
 STEPS = 9  # one more than where at most one step is skipped

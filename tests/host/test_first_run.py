@@ -10,7 +10,7 @@ import comfy.samplers
 import comfy.weight_adapter
 import pytest
 import torch
-from lab import relative
+from sampling import relative
 from slipstream.demo import emoji
 from slipstream.engine.metrics import psnr
 from slipstream.host import first_run, quant_layers

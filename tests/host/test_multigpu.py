@@ -11,7 +11,7 @@ import threading
 
 import pytest
 import torch
-from lab import Lab, relative
+from sampling import Lab, relative
 from slipstream.demo import emoji
 from slipstream.host.patcher import add_compensator
 from slipstream.host.plan import CompensatorConfig

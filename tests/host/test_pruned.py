@@ -10,7 +10,7 @@ import comfy.utils
 import folder_paths
 import pytest
 import torch
-from lab import random_weights, relative
+from sampling import random_weights, relative
 from safetensors.torch import save_file
 from slipstream.demo import emoji
 from slipstream.host import pruned

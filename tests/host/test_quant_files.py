@@ -16,7 +16,7 @@ import families
 import folder_paths
 import pytest
 import torch
-from lab import relative
+from sampling import relative
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from slipstream.demo import emoji

@@ -21,7 +21,7 @@ import folder_paths
 import pytest
 import torch
 from comfy.patcher_extension import CallbacksMP
-from lab import relative
+from sampling import relative
 from slipstream.demo import emoji
 from slipstream.engine.metrics import psnr
 from slipstream.host import nvfp4, profiles

@@ -14,7 +14,7 @@ import folder_paths
 import numpy as np
 import pytest
 import torch
-from lab import Lab
+from sampling import Lab
 from slipstream.demo import emoji
 from slipstream.host import events, gauge, report, report_card, report_runs
 from slipstream.host.errors import SlipstreamError

@@ -15,7 +15,7 @@ import torch
 from comfy_extras.nodes_custom_sampler import Guider_DualCFG
 from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode
 from comfy_extras.nodes_perpneg import Guider_PerpNeg
-from lab import UNET, build, random_weights, relative
+from sampling import UNET, build, random_weights, relative
 from slipstream.demo import emoji
 from slipstream.engine.coordinates import FLOW, VARIANCE_EXPLODING
 from slipstream.host import events

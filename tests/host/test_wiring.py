@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
-from lab import relative
+from sampling import relative
 from slipstream.host import events, patcher, sites
 from slipstream.host.errors import SlipstreamError
 from slipstream.host.plan import CacheConfig, Plan, PredictorConfig
