@@ -113,10 +113,14 @@ def find_browser() -> None:
 
 
 def bench(environment: Environment, rest: list[str]) -> int:
-    names = sorted(p.stem for p in (ROOT / "bench").glob("*.py") if "\ndef main(" in p.read_text(encoding="utf-8"))
-    if not rest or rest[0] not in names:
-        raise Stop(f"`python dev.py bench` needs one of these names: {', '.join(names)}.")
-    return environment.python("-m", f"bench.{rest[0]}", *rest[1:])
+    found = {
+        path.stem: ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for path in (ROOT / "bench").glob("*/*.py")
+        if "\ndef main(" in path.read_text(encoding="utf-8")
+    }
+    if not rest or rest[0] not in found:
+        raise Stop(f"`python dev.py bench` needs one of these names: {', '.join(sorted(found))}.")
+    return environment.python("-m", found[rest[0]], *rest[1:])
 
 
 def card(environment: Environment, rest: list[str]) -> int:
@@ -124,11 +128,11 @@ def card(environment: Environment, rest: list[str]) -> int:
 
 
 def serve(environment: Environment, rest: list[str]) -> int:
-    return environment.python("-m", "demo.server", *rest)
+    return environment.python("-m", "lab.server", *rest)
 
 
 def hosts(rest: list[str]) -> int:
-    from bench import hosts
+    from bench.survival import hosts
 
     try:
         return hosts.run(rest, Environment, DEV / "hosts")

@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 from safetensors.torch import load
 
-from bench.rows import mean, mean_db, save, table
 from engine.metrics import psnr
+from lab import workflow
+from lab.client import Client
+from lab.rows import mean, mean_db, save, table
+from lab.server import ROOT, Server
 
-from . import workflow
-from .client import Client
 from .prompts import PROMPTS
-from .server import ROOT, Server
 
 OUT = ROOT / "demo" / "out"
 WORKFLOW = ROOT / "workflows" / "slipstream_demo.json"

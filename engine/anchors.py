@@ -14,10 +14,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# What is left of a residual one step later. Measured: bench/compensation.py; flat between .85 and .95.
+# What is left of a residual one step later. Measured: bench/quality/compensation.py; flat between .85 and .95.
 DECAY = 0.9
 
-# How fast distances between anchors grow. On the small Flux 1.3 to 2 are alike (bench/compensation.py).
+# How fast distances between anchors grow. On the small Flux 1.3 to 2 are alike (bench/quality/compensation.py).
 SPACING = 1.5
 
 # One evaluation in so many is an anchor where the user does not say.

@@ -113,7 +113,7 @@ _HUNYUAN = Published(0.08, (0.13, 1), (5, 1), _TEA_HUNYUAN, (0.24, 0.2, 6, _MAG_
 UNKNOWN = Architecture("unknown model")
 
 ROWS: tuple[Architecture, ...] = (
-    # A noise prediction changes less from step to step than a flow model's output (`bench/fidelity.py`, tiny SD1.5).
+    # A noise prediction changes less from step to step than a flow model's output (`bench fidelity`, tiny SD1.5).
     Architecture("Stable Diffusion U-Net", ("UNetModel",), unet=True, budgets=(0.02, 0.04, 0.07)),
     Architecture("SD3", ("diffusionmodules.mmdit.MMDiT",), _one("joint_blocks"),
                  modulated="joint_blocks.0.x_block.attn.qkv"),

@@ -41,7 +41,7 @@ from .plan import LARGE_MODEL, UNCACHED, CompensatorConfig, Plan
 from .recording import Job, Progress, following, silent
 from .sampling import sampler_traits
 
-# What `auto` tries (bench/compensation.py: memory is what serves a cache, a cumulative target what serves rounding),
+# What `auto` tries (bench compensation: memory is what serves a cache, a cumulative target what serves rounding),
 # and how much of a correction it tries beside the whole.
 TRIED = ("cumulative", "with memory")
 SHRUNK = 0.5

@@ -93,7 +93,7 @@ class Plan:
 
 # What a preset sets; Custom takes the node's own values, Off counts and times without skipping anything. Where the
 # cache lies is the user's in every preset.
-# Source of the numbers: `bench/fidelity.py` on the trained small Flux, 28 euler steps (README, table).
+# Source of the numbers: `bench/quality/fidelity.py` on the trained small Flux, 28 euler steps (README, table).
 _AUTO = {
     "method": "auto", "start_percent": 0.0, "end_percent": 1.0, "site": "auto", "depth": -1, "threshold": 0.0,
     "prior_noise": False,

@@ -32,7 +32,7 @@ from .quant_loras import PREFIX, original, quantised_modules
 from .segments import TURN
 
 # Two models differ by a smooth function of the state, which lasts longer than what rounding does
-# (bench/compensation.py, 2 anchors in 12 steps: 40.2 dB with all of it, 37.3 dB with .9 left per step).
+# (bench/quality/compensation.py, 2 anchors in 12 steps: 40.2 dB with all of it, 37.3 dB with .9 left per step).
 MODEL_DECAY = 1.0
 
 # Two runs may ask for better weights of one layer at the same time.

@@ -16,8 +16,8 @@ import comfy.model_patcher
 import comfy.sd
 import comfy.supported_models
 import torch
-from sampling import random_weights
 from safetensors.torch import save_file
+from sampling import random_weights
 
 
 def _nothing(generator: torch.Generator, tokens: int) -> dict:

@@ -12,8 +12,8 @@ import aiohttp
 import torch
 from safetensors.torch import load, save_file
 
-from demo.client import Client
-from demo.server import Server, prepare_base
+from lab.client import Client
+from lab.server import Server, prepare_base
 
 NODES = Path(__file__).parent / "nodes.py"
 LORAS = ("one.safetensors", "two.safetensors")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bench.boot import boot
+from lab.boot import boot
 
 FOLDER = Path(__file__).resolve().parent.parent / "profiles"
 PROMPTS = ("grapes", "dog face", "blue heart", "pig face", "cookie", "crying face", "peach", "bear")

@@ -169,7 +169,7 @@ def inherit(network: torch.nn.Module, weights: dict[str, Tensor]) -> None:
 def train(
     data: Path, out: Path, minutes: float, resume: Path | None, size: str = "large", teacher: Path | None = None
 ) -> None:
-    from bench.boot import boot
+    from lab.boot import boot
 
     boot()
     import comfy.ldm.flux.model

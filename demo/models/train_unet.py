@@ -50,7 +50,7 @@ def initialise(network: torch.nn.Module) -> None:
 
 
 def train(data: Path, out: Path, minutes: float, resume: Path | None) -> None:
-    from bench.boot import boot
+    from lab.boot import boot
 
     boot()
     import comfy.ops

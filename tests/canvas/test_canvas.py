@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 from canvas.page import SETTINGS, Canvas, ask, chromium
 
-from demo.server import ROOT, Server
+from lab.server import ROOT, Server
 
 LOADER, PREDICTOR = "SlipstreamCacheLoader", "SlipstreamTaylorPredictor"
 DEMO = json.loads((ROOT / "workflows" / "slipstream_demo.json").read_text())

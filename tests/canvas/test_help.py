@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 from canvas.page import SETTINGS, Canvas, ask, chromium
 
-from demo.server import Server
+from lab.server import Server
 
 NODE = "SlipstreamCacheLoader"
 # Frontends before this one drop every pack's translated names when they load a language (ComfyUI_frontend, pull 7214).

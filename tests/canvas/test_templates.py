@@ -9,8 +9,8 @@ import urllib.error
 import pytest
 from canvas.page import SETTINGS, Canvas, ask, chromium
 
-from demo import workflow
-from demo.server import ROOT, Server
+from lab import workflow
+from lab.server import ROOT, Server
 
 NAMES = sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
 NEW = ("slipstream_flux_dev", "slipstream_wan22_t2v")

@@ -189,7 +189,7 @@ def test_runs_leave_no_tensor_and_no_object_behind(wires, lab):
 
 @pytest.mark.long
 def test_abuse_of_the_real_server(tmp_path):
-    from bench import abuse
+    from bench.stress import abuse
 
     row = asyncio.run(abuse.run(tmp_path, 60, seed=5))
     assert not row["broken"] and row["plain_checks"] > 20
@@ -197,7 +197,7 @@ def test_abuse_of_the_real_server(tmp_path):
 
 @pytest.mark.long
 def test_soak_of_the_real_server(tmp_path):
-    from bench import soak
+    from bench.stress import soak
 
     rows = asyncio.run(soak.run(tmp_path, 7, 3))
     assert not [row for row in rows if row["grows"] and row["name"] != "resident_bytes"]

@@ -191,7 +191,7 @@ def test_h79_a_write_that_fails_in_its_middle_leaves_every_old_file(lab, flux4, 
 KILLED = """
 import sys, time
 sys.path.insert(0, {root!r})
-from bench.boot import import_pack
+from lab.boot import import_pack
 import_pack()
 from pathlib import Path
 import torch

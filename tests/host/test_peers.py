@@ -8,8 +8,8 @@ import sys
 import pytest
 from slipstream.host.errors import SlipstreamError
 
-from bench import peer_checks, peers
-from bench.peer_checks import Subject, examine
+from bench.survival import peer_checks, peers
+from bench.survival.peer_checks import Subject, examine
 
 # A node that leaves out every second evaluation, and breaks one promise after the other.
 BAD = """

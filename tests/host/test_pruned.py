@@ -10,8 +10,8 @@ import comfy.utils
 import folder_paths
 import pytest
 import torch
-from sampling import random_weights, relative
 from safetensors.torch import save_file
+from sampling import random_weights, relative
 from slipstream.demo import emoji
 from slipstream.host import pruned
 from slipstream.host.errors import SlipstreamError

@@ -16,9 +16,9 @@ import families
 import folder_paths
 import pytest
 import torch
-from sampling import relative
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from sampling import relative
 from slipstream.demo import emoji
 from slipstream.host import profiles, quant_files, quant_layers, quant_load
 from slipstream.host.errors import SlipstreamError

@@ -35,7 +35,7 @@ from slipstream.quant.formats import FORMATS, QuantisedLinear
 from slipstream.quant.layer import METHODS, quantise_linear, with_spec
 from slipstream.quant.linear import TOLERANCE, W4A4Linear, factors_of
 
-from bench.quant_models import put_outliers
+from bench.quality.quant_models import put_outliers
 
 MLP = "diffusion_model.double_blocks.0.img_mlp.0"
 QKV = "diffusion_model.double_blocks.0.img_attn.qkv"

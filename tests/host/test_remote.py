@@ -39,8 +39,8 @@ from slipstream.host.segments import SwitchConfig
 from slipstream.host.switch import add_switch
 from slipstream.nodes.remote_segment import RemoteSegmentNode
 
-from demo.client import Client
-from demo.server import Server
+from lab.client import Client
+from lab.server import Server
 
 FLUX = RemoteModel("tiny_flux_emoji.safetensors", ("SlipstreamDemoPrompt",))
 UNET = RemoteModel("tiny_sd15_emoji.safetensors", ("SlipstreamDemoPrompt",))

@@ -16,9 +16,9 @@ from safetensors.torch import load, save_file
 from slipstream.engine.metrics import psnr
 from slipstream.engine.profile import Profile
 
-from demo import workflow
-from demo.client import Client, PromptRefused
-from demo.server import ROOT, Server
+from lab import workflow
+from lab.client import Client, PromptRefused
+from lab.server import ROOT, Server
 
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
 DEMOS = [path for path in WORKFLOWS if path.stem.endswith("_demo")]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.smoke import CHECKS, Smoke, demand, outcome
+from bench.survival.smoke import CHECKS, Smoke, demand, outcome
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -18,7 +18,9 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_the_smoke_set_passes(tmp_path):
     """In a process of its own, as the command runs it: the host's loader imports the pack under a name of its own."""
     out = tmp_path / "smoke.json"
-    done = subprocess.run([sys.executable, "-m", "bench.smoke", "--out", out], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.survival.smoke", "--out", out], cwd=ROOT, capture_output=True, text=True
+    )
     results = json.loads(out.read_text())
     assert list(results) == ["start", *CHECKS]
     assert done.returncode == 0 and all(result["passed"] for result in results.values()), done.stdout

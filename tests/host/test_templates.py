@@ -14,7 +14,8 @@ import folder_paths
 import pytest
 import slipstream
 from slipstream.demo import nodes as demo_nodes
-from slipstream.demo import templates, workflow
+from slipstream.demo.templates import templates
+from slipstream.lab import workflow
 
 import nodes
 
@@ -144,7 +145,7 @@ def test_nothing_covers_anything(path):
 
 
 def test_files_are_those_of_the_generator():
-    """`python -m demo.templates` has nothing to change."""
+    """`python -m demo.templates.templates` has nothing to change."""
     for make in templates.TEMPLATES:
         assert read(FOLDER / f"slipstream_{make.__name__}.json") == make()
     assert len(templates.TEMPLATES) == len(SHIPPED)

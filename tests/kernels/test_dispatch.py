@@ -17,7 +17,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-from bench.boot import import_pack  # noqa: E402
+from lab.boot import import_pack  # noqa: E402
 
 import_pack()
 from slipstream.kernels import choices, derived, dispatch, implementations, linear, plain  # noqa: E402
@@ -413,7 +413,7 @@ class Blocked:
             raise ModuleNotFoundError(name + ' is blocked')
 sys.meta_path.insert(0, Blocked())
 sys.path.insert(0, {root!r})
-from bench.boot import import_pack
+from lab.boot import import_pack
 import_pack()
 import torch
 from slipstream.kernels import dispatch, linear

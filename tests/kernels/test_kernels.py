@@ -18,7 +18,7 @@ import torch
 HERE = Path(__file__).parent
 TABLE = HERE / "registers.json"
 sys.path.insert(0, str(HERE.parents[1]))
-from bench.boot import import_pack  # noqa: E402
+from lab.boot import import_pack  # noqa: E402
 
 import_pack()
 from slipstream.kernels.reference import E2M1, integer_dot, nvfp4_quantize, nvfp4_values, pack_int4  # noqa: E402

@@ -22,7 +22,7 @@ if sys.argv[1] == "interpret":
 
 import torch  # noqa: E402
 
-from bench.boot import import_pack  # noqa: E402
+from lab.boot import import_pack  # noqa: E402
 
 torch.set_num_threads(1)
 import_pack()

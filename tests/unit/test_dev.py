@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from bench import hosts
-from bench.smoke import CHECKS
+from bench.survival import hosts
+from bench.survival.smoke import CHECKS
 
 # Stands in the place of the smoke set: passes or fails by what lies in the release's checkout.
 SMOKE = """
@@ -69,11 +69,12 @@ class Environment:
 @pytest.fixture
 def command(clone, tmp_path, monkeypatch):
     """Runs the command and returns (exit code, rows, page)."""
-    fake = tmp_path / "root" / "bench"
+    fake = tmp_path / "root" / "bench" / "survival"
     fake.mkdir(parents=True)
     (fake / "__init__.py").touch()
+    (fake.parent / "__init__.py").touch()
     (fake / "smoke.py").write_text(f"NAMES = {['start', *CHECKS]}\n{SMOKE}")
-    monkeypatch.setattr(hosts, "ROOT", fake.parent)
+    monkeypatch.setattr(hosts, "ROOT", fake.parent.parent)
     out, page = tmp_path / "out" / "hosts.json", tmp_path / "page.md"
 
     def run(*arguments, text=None):

@@ -16,8 +16,7 @@ from slipstream.nodes import SlipstreamExtension
 from slipstream.quant.formats import description_of
 from slipstream.quant.policy import parse_overrides
 
-from bench import fuzz
-from bench.stress import judge
+from bench.stress import fuzz, judge
 from bench.stress.fuzz_files import profile_bytes
 from bench.stress.fuzz_requests import answered
 from bench.stress.fuzz_widgets import execute

@@ -33,7 +33,7 @@ from slipstream.quant.rounding import gptq, rounded_to_nearest, rtn, shrunk, wei
 from slipstream.quant.smooth import choose, full_grid, modulation_span, smooth_factor
 from slipstream.quant.svd import low_rank, truncated_svd
 
-from bench.quant_quality import synthetic_inputs, synthetic_weight
+from bench.quality.quant_quality import synthetic_inputs, synthetic_weight
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:

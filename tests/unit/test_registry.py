@@ -22,7 +22,7 @@ PROJECT, COMFY = SETTINGS["project"], SETTINGS["tool"]["comfy"]
 
 # Folders that a published pack needs, and what is for its developers alone.
 NEEDED = ("engine", "host", "kernels", "locales", "nodes", "quant", "web", "workflows")
-OURS = ("tests", "bench", "demo", "docs", ".ci", ".dev", "dev.py")
+OURS = ("tests", "bench", "demo", "lab", "docs", ".ci", ".dev", "dev.py")
 
 LARGEST = 10 << 20
 
@@ -131,7 +131,7 @@ ALONE = r"""
 import json, os, sys, types
 root, folder = sys.argv[1:3]
 sys.path.insert(0, root)
-from bench.boot import register_torchvision_schemas
+from lab.boot import register_torchvision_schemas
 sys.path.remove(root)
 register_torchvision_schemas()
 host = os.environ["COMFYUI_PATH"]
@@ -141,7 +141,7 @@ import comfy.options
 parts, sys.argv = sys.argv[3:], ["main.py", "--cpu"]
 comfy.options.enable_args_parsing()
 import comfy.cli_args, asyncio, torch, aiohttp.web, nodes
-for module in [m for m in sys.modules if m.startswith("bench")]:
+for module in [m for m in sys.modules if m.startswith(("bench", "lab"))]:
     del sys.modules[module]
 
 # What may not happen while a pack is loaded. Reading is allowed, and so is Python's own cache of compiled files.

@@ -130,7 +130,7 @@ class Blocked:
             raise ModuleNotFoundError(name + ' is blocked')
 sys.meta_path.insert(0, Blocked())
 sys.path.insert(0, {root!r})
-from bench.boot import boot
+from lab.boot import boot
 boot()
 import importlib, torch
 assert not torch.cuda.is_available()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
-from ...boot import boot
+from lab.boot import boot
+
 from .worker import Bench
 
 STEPS, DRY_STEPS = 12, 9  # at 8 and fewer one step is skipped at most

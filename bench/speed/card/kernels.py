@@ -107,7 +107,7 @@ def host_version() -> str:
 
 def with_pack() -> None:
     """Make `slipstream.kernels` and `slipstream.quant` importable, with or without a host."""
-    from ...boot import import_pack
+    from lab.boot import import_pack
 
     import_pack()
 

@@ -7,7 +7,7 @@ import os
 import shutil
 from pathlib import Path
 
-from ...boot import ROOT
+from lab.boot import ROOT
 
 FOLDER = ROOT / ".card"
 

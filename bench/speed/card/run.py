@@ -25,8 +25,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from ...boot import ROOT
-from ...rows import table
+from lab.boot import ROOT
+from lab.rows import table
+
 from .plan import NAMES, PLAN, Line
 
 MARK = "\x1e"  # before the worker's word that a line begins

@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
-from ...boot import boot
-from ...fidelity import PROMPTS
-from ...rows import mean, mean_db
+from lab.boot import boot
+from lab.rows import mean, mean_db
+
+from ...quality.fidelity import PROMPTS
 from .worker import Bench
 
 STEPS, FIRST_SEED = 30, 4000

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from ...boot import ROOT
+from lab.boot import ROOT
+
 from .plan import NotThere
 from .worker import Bench
 

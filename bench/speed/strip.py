@@ -15,8 +15,8 @@ import statistics
 import threading
 import time
 
-from .boot import ROOT, boot
-from .rows import save, table
+from lab.boot import ROOT, boot
+from lab.rows import save, table
 
 OUT = ROOT / "bench" / "out" / "strip.json"
 COLUMNS = (

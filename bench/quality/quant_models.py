@@ -14,8 +14,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from lab.rows import mean, mean_db
+
 from .fidelity import PROMPTS as HELD_OUT_PROMPTS
-from .rows import mean, mean_db
 
 STEPS, PICTURES, CALIBRATED = 30, 6, 4
 SEED, CALIBRATION_SEED = 4000, 500

@@ -1,6 +1,6 @@
 """The real ComfyUI server with this pack and the demo nodes, in a folder of its own.
 
-python -m demo.server [--port 8188] [--base-directory DIR] [ComfyUI arguments]     COMFYUI_PATH names the checkout
+python -m lab.server [--port 8188] [--base-directory DIR] [ComfyUI arguments]     COMFYUI_PATH names the checkout
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def arguments(base: Path, port: int) -> list[str]:
 
 def serve(extra: list[str]) -> None:
     """Become the server: runs the host's main.py in this process."""
-    from bench.boot import register_torchvision_schemas
+    from lab.boot import register_torchvision_schemas
 
     register_torchvision_schemas()
     port = int(extra.pop(extra.index("--port") + 1)) if "--port" in extra else 8188
@@ -78,7 +78,7 @@ class Server:
     def __enter__(self) -> str:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("wb") as log:
-            command = [sys.executable, "-m", "demo.server", "--port", str(self.port)]
+            command = [sys.executable, "-m", "lab.server", "--port", str(self.port)]
             command += ["--base-directory", str(self.base)]
             self.process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
         deadline = time.monotonic() + self.timeout

@@ -17,8 +17,8 @@ from datetime import date
 from pathlib import Path
 from random import Random
 
-from .boot import ROOT, boot
-from .rows import save
+from lab.boot import ROOT, boot
+from lab.rows import save
 
 OUT = ROOT / "bench" / "out" / "fuzz.json"
 
@@ -49,8 +49,8 @@ def run(
     import folder_paths
     import torch
 
-    from .stress import judge
-    from .stress.targets import TARGETS
+    from . import judge
+    from .targets import TARGETS
 
     torch.set_num_threads(1)
     inner = folder / "inner"

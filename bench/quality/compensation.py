@@ -17,7 +17,9 @@ import logging
 import statistics
 import time
 
-from .boot import ROOT, boot
+from lab.boot import ROOT, boot
+from lab.rows import mean, mean_db, save
+
 from .compensation_models import (
     COMPUTED,
     FIT_BATCH,
@@ -34,7 +36,6 @@ from .compensation_models import (
     quick_layers,
 )
 from .compensation_page import ANCHORS, page
-from .rows import mean, mean_db, save
 
 OUT = ROOT / "bench" / "out" / "compensation.json"
 PAGE = ROOT / "docs" / "compensation.md"

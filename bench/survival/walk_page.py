@@ -1,12 +1,11 @@
-"""docs/first_walk.md, from what the walks of `bench/walk.py` found."""
+"""docs/first_walk.md, from what the walks of `bench/survival/walk.py` found."""
 
 from __future__ import annotations
 
 import re
 
 from engine.files import write_whole
-
-from .boot import ROOT
+from lab.boot import ROOT
 
 PAGE = ROOT / "docs" / "first_walk.md"
 # A load up to this is called quiet: the walk itself keeps about two cores busy.

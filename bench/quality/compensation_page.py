@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from lab.rows import table
+
 from .compensation_models import COMPUTED, FIT_BATCH, FIT_RUNS, SMALL_STEPS, STEPS
-from .rows import table
 
 TEXT = Path(__file__).with_name("compensation_text.md")
 ANCHORS = 3

@@ -14,9 +14,10 @@ import json
 import time
 from dataclasses import dataclass
 
-from .boot import ROOT, boot
+from lab.boot import ROOT, boot
+from lab.rows import mean, mean_db, save, table
+
 from .fidelity import PROMPTS as HELD_OUT
-from .rows import mean, mean_db, save, table
 
 OUT = ROOT / "bench" / "out" / "hybrid.json"
 PAGE = ROOT / "docs" / "hybrid.md"

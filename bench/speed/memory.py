@@ -7,8 +7,8 @@ Writes bench/out/memory.json and docs/memory.md. Random weights: only the sizes 
 
 from __future__ import annotations
 
-from .boot import ROOT, boot
-from .rows import save, table
+from lab.boot import ROOT, boot
+from lab.rows import save, table
 
 OUT = ROOT / "bench" / "out" / "memory.json"
 PAGE = ROOT / "docs" / "memory.md"

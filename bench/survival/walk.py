@@ -27,8 +27,9 @@ from datetime import date
 from importlib import metadata
 from pathlib import Path
 
-from .boot import ROOT, register_torchvision_schemas
-from .rows import save
+from lab.boot import ROOT, register_torchvision_schemas
+from lab.rows import save
+
 from .walk_page import write_page
 from .walk_tab import Tab, likeness
 
@@ -182,7 +183,7 @@ class Walk:
             port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
         with self.step("`python main.py`") as seen, self.log.open("wb") as log:
-            command = [sys.executable, "-m", "bench.walk", "--serve", self.comfy, "--cpu", "--port", str(port)]
+            command = [sys.executable, "-m", "bench.survival.walk", "--serve", self.comfy, "--cpu", "--port", str(port)]
             process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
             self.wait_for_server(process)
             for seconds, failed, pack in re.findall(r"([\d.]+) seconds(.*): .*[/\\](\S+)", self.text()):

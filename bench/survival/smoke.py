@@ -24,7 +24,7 @@ from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 
-from .boot import ROOT, boot
+from lab.boot import ROOT, boot
 
 STEPS, FEW = 12, 4
 PROMPT, SEED = "hamburger", 7

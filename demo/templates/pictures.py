@@ -6,9 +6,8 @@ import io
 import json
 from pathlib import Path
 
+from lab.server import BASE, Server
 from tests.canvas.page import SETTINGS, Canvas, ask, chromium
-
-from .server import BASE, Server
 
 # Drawn large, so that the canvas writes every widget out, then made smaller.
 WINDOW, SHOWN, MOST = (2400, 1500), (800, 500), 60_000

@@ -30,7 +30,7 @@ from engine.files import write_whole
 
 from .smoke import CHECKS
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 FLOOR = "0.3.75"
 OUT, PAGE = ROOT / "bench" / "out" / "hosts.json", ROOT / "docs" / "compatibility.md"
 OPEN, CLOSE = "<!-- hosts -->", "<!-- /hosts -->"
@@ -168,7 +168,7 @@ def measure(release: Release, checkout: Path, shared) -> dict:
     path = os.pathsep.join(filter(None, [str(extra) if extra else "", os.environ.get("PYTHONPATH", "")]))
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder) / "smoke.json"
-        command = [shared.executable, "-m", "bench.smoke", "--out", str(results)]
+        command = [shared.executable, "-m", "bench.survival.smoke", "--out", str(results)]
         variables = {**os.environ, "COMFYUI_PATH": str(checkout), "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
         try:
             done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=TIMEOUT)
@@ -220,10 +220,11 @@ def section(rows: list[dict]) -> str:
         "",
         f"{passed} of {len(rows)} releases from {rows[0]['version']} ({rows[0]['date']}) to {rows[-1]['version']} "
         f"({rows[-1]['date']}) pass all {len(names)} checks. Written by `python dev.py hosts --repo PATH`, which takes "
-        "every release out of a local clone of ComfyUI and runs the smoke set (`bench/smoke.py`) in it: the pack goes "
-        "through that release's own loader, the nodes get their defaults, the small trained models are sampled by its "
-        "KSampler. The packages are those of the newest release, but comfy-kitchen and comfy-aimdo in the versions a "
-        "release names. A clone without tags lacks the patch releases made on branches of their own; they are left "
+        "every release out of a local clone of ComfyUI and runs the smoke set (`bench/survival/smoke.py`) in it: the "
+        "pack goes through that release's own loader, the nodes get their defaults, the small trained models are "
+        "sampled by its KSampler. The packages are those of the newest release, but comfy-kitchen and comfy-aimdo in "
+        "the versions a release names. A clone without tags lacks the patch releases made on branches of their own; "
+        "they are left "
         "out. Dates are those of the release's commit; seconds are one core's, the start of the host included.",
         "",
         "| check | what has to hold |",

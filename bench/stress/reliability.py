@@ -9,9 +9,8 @@ import json
 from pathlib import Path
 
 from engine.files import write_whole
-
-from .boot import ROOT
-from .rows import table
+from lab.boot import ROOT
+from lab.rows import table
 
 OUT = ROOT / "bench" / "out"
 PAGE = ROOT / "docs" / "reliability.md"
@@ -31,7 +30,7 @@ def main() -> None:
 
 def page(abuse: dict, soak: list[dict], fuzz: list[dict]) -> str:
     """The text with its numbers and tables put in."""
-    from .stress.judge import MEGABYTES, SECONDS
+    from .judge import MEGABYTES, SECONDS
 
     parts = {
         "abuse_command": abuse["command"],

@@ -1,6 +1,6 @@
 """The workflow templates for models that an artist has: writes `workflows/*.json` and the pictures beside them.
 
-python -m demo.templates [--pictures] [NAME ...]     pictures need COMFYUI_PATH and a Chromium
+python -m demo.templates.templates [--pictures] [NAME ...]     pictures need COMFYUI_PATH and a Chromium
 
 Settings and file names are those of the host's own templates and blueprints, unless a note says otherwise.
 """
@@ -11,11 +11,11 @@ import json
 import sys
 from pathlib import Path
 
-from .template_graph import File, Graph, Node, folded_pixels
+from .graph import File, Graph, Node, folded_pixels
 
 __all__ = ["FOLDER", "TEMPLATES", "folded_pixels", "write"]
 
-FOLDER = Path(__file__).resolve().parent.parent / "workflows"
+FOLDER = Path(__file__).resolve().parents[2] / "workflows"
 
 FLUX_REPOSITORY, FLUX_TEXT = "Comfy-Org/flux1-dev", "comfyanonymous/flux_text_encoders"
 WAN_REPOSITORY = "Comfy-Org/Wan_2.2_ComfyUI_Repackaged"
@@ -421,7 +421,7 @@ def write() -> list[Path]:
 if __name__ == "__main__":
     written = write()
     if "--pictures" in sys.argv:
-        from .template_pictures import draw
+        from .pictures import draw
 
         wanted = [argument for argument in sys.argv[1:] if not argument.startswith("-")]
         draw([path for path in written if not wanted or path.stem in wanted])

@@ -15,9 +15,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lab.boot import ROOT, boot
+from lab.rows import save, table
+
 from . import quant_models
-from .boot import ROOT, boot
-from .rows import save, table
 
 OUT = ROOT / "bench" / "out" / "quant_quality.json"
 PAGE = ROOT / "docs" / "quant_quality.md"

@@ -23,9 +23,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .boot import ROOT, boot
-from .fidelity import FIRST_SEED, PROMPTS, host_cache
-from .rows import mean, mean_db, save, table
+from lab.boot import ROOT, boot
+from lab.rows import mean, mean_db, save, table
+
+from ..quality.fidelity import FIRST_SEED, PROMPTS, host_cache
 
 OUT, PAGE = ROOT / "bench" / "out" / "peers.json", ROOT / "docs" / "peers.md"
 STEPS = 28
@@ -50,8 +51,8 @@ COLUMNS = ("name", "evaluations", "psnr_db", "psnr_min_db", "fewer_steps_db", "a
 HEAD = """# Other caches beside ours
 
 Written by `python dev.py bench peers`: every row is a node that leaves evaluations out, run by one harness
-(`bench/peers.py`, `bench/peer_checks.py`) on the small trained Flux and SD1.5, euler, one CPU thread, float32. A pack
-is taken by the path of its checkout and put through the host's own loader; no line of it is kept here.
+(`bench/survival/peers.py`, `peer_checks.py`) on the small trained Flux and SD1.5, euler, one CPU thread, float32.
+A pack is taken by the path of its checkout and put through the host's own loader; no line of it is kept here.
 
 - An evaluation counts when the middle of the network runs (a layer of single_blocks.0 or middle_block.0), whoever
   decides about it.
@@ -149,7 +150,7 @@ def in_a_process(peer: Peer, host: str, models: list[str], pictures: int) -> lis
     """The rows of one pack, measured where it can change nothing for the others."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "rows.json"
-        command = [sys.executable, "-m", "bench.peers", "--rows", str(out), "--pictures", str(pictures)]
+        command = [sys.executable, "-m", "bench.survival.peers", "--rows", str(out), "--pictures", str(pictures)]
         command += ["--pack", peer.pack, "--node", peer.node, "--inputs", json.dumps(peer.inputs), "--models", *models]
         try:
             done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT)

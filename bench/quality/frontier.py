@@ -16,9 +16,10 @@ import math
 import statistics
 import time
 
-from .boot import ROOT, boot
+from lab.boot import ROOT, boot
+from lab.rows import mean, mean_db, save, table
+
 from .fidelity import PROMPTS as HELD_OUT
-from .rows import mean, mean_db, save, table
 
 OUT = ROOT / "bench" / "out" / "frontier.json"
 PAGE = ROOT / "docs" / "frontier.md"

@@ -20,8 +20,8 @@ from datetime import date
 from pathlib import Path
 from random import Random
 
-from .boot import ROOT
-from .rows import save, table
+from lab.boot import ROOT
+from lab.rows import save, table
 
 OUT = ROOT / "bench" / "out" / "soak.json"
 BASE = ROOT / ".dev" / "soak"
@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
 
 async def run(base: Path, cycles: int, warm: int) -> list[dict]:
     """A row for each count: its slope over plain cycles and over those with our nodes."""
-    from .stress.server import Session, StressServer
+    from .server import Session, StressServer
 
     rng, number, started = Random(1), 0, time.monotonic()
     counts: dict[str, list[dict]] = {"plain": [], "chains": []}
@@ -134,7 +134,7 @@ async def run(base: Path, cycles: int, warm: int) -> list[dict]:
 
 def graph(name: str, rng: Random, number: int) -> dict:
     """One chain as a prompt, with settings that differ from run to run."""
-    from .stress.canvas import NODES, Canvas, Part
+    from .canvas import NODES, Canvas, Part
 
     settings, nodes = CHAINS[name]
     canvas = Canvas()

@@ -18,8 +18,8 @@ import time
 from datetime import date
 from pathlib import Path
 
-from .boot import ROOT
-from .rows import save
+from lab.boot import ROOT
+from lab.rows import save
 
 OUT = ROOT / "bench" / "out" / "abuse.json"
 BASE = ROOT / ".dev" / "stress"
@@ -47,8 +47,8 @@ def _keep(path: Path, row: dict) -> None:
 
 async def run(base: Path, actions: int, seed: int, verbose: bool = False, keep=lambda row: None) -> dict:
     """So many actions of one seed; the row for the page. keep: is given the row so far, from time to time."""
-    from .stress.server import Session, StressServer
-    from .stress.user import Broken, User
+    from .server import Session, StressServer
+    from .user import Broken, User
 
     started, broken = time.monotonic(), []
     abused = StressServer(base / "abused")

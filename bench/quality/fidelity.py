@@ -16,8 +16,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from .boot import ROOT, boot
-from .rows import mean, mean_db, save, table
+from lab.boot import ROOT, boot
+from lab.rows import mean, mean_db, save, table
 
 OUT = ROOT / "bench" / "out" / "fidelity.json"
 PAGE = ROOT / "docs" / "fidelity.md"
