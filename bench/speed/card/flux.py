@@ -7,7 +7,11 @@ from collections.abc import Iterator
 
 from lab.boot import boot
 
+from .plan import NotThere
 from .worker import Bench
+
+# The least memory on which it is measured, and that on which all formats stay loaded: unloading 24 GB takes long.
+LEAST_BYTES, ROOMY_BYTES = 30e9, 70e9
 
 STEPS, DRY_STEPS = 12, 9  # at 8 and fewer one step is skipped at most
 
@@ -31,10 +35,19 @@ _model = None  # of this process: the lines after the first one measure on it
 def model_of(bench: Bench):
     """(ModelPatcher in bfloat16, conditioning, latent of 1024 x 1024); tiny in a dry run."""
     global _model
+    if not bench.dry and memory(bench) < LEAST_BYTES:
+        raise NotThere(f"a card with {LEAST_BYTES / 1e9:.0f} GB: all formats are made from 24 GB of 16-bit weights")
     if _model is None:
         boot()
         _model = build(bench)
     return _model
+
+
+def memory(bench: Bench) -> float:
+    """Bytes of the card."""
+    import torch
+
+    return torch.cuda.get_device_properties(bench.device).total_memory
 
 
 def build(bench: Bench):
@@ -42,8 +55,10 @@ def build(bench: Bench):
     import comfy.model_patcher
     import comfy.supported_models
     import torch
+    from comfy.ldm.flux.model import FluxParams
 
-    description = comfy.supported_models.Flux(TINY if bench.dry else REAL)
+    newer = {"txt_ids_dims": []} if "txt_ids_dims" in FluxParams.__dataclass_fields__ else {}
+    description = comfy.supported_models.Flux({**(TINY if bench.dry else REAL), **newer})
     description.set_inference_dtype(torch.bfloat16, None)
     model = description.get_model({}, "", device=bench.device)
     with torch.no_grad():
@@ -90,7 +105,8 @@ def quantised(bench: Bench, name: str, wish: dict, caches: tuple[str, ...] = tup
     yield {"name": name, "quantise_s": time.perf_counter() - began}
     yield from steps(bench, model, name, caches)
     yield {"name": name, "kernels": dispatch.summary()}
-    comfy.model_management.unload_all_models()
+    if bench.dry or memory(bench) < ROOMY_BYTES:
+        comfy.model_management.unload_all_models()
 
 
 def steps(bench: Bench, model, name: str, caches: tuple[str, ...] = tuple(CACHES)) -> Iterator[dict]:

@@ -16,6 +16,9 @@ from .worker import Bench
 RANK = 32
 TOKENS = 4096
 
+# Of a card's memory, for each process that compiles and compares: its context and a layer in float64.
+PROCESS_BYTES = 2e9
+
 # (K, N) of the large linear layers.
 SHAPES = {
     "FLUX, Qwen-Image": ((3072, 3072), (3072, 12288), (12288, 3072)),
@@ -179,6 +182,8 @@ def agree(bench: Bench) -> Iterator[dict]:
     and the lines after this one find it.
     """
     tasks = [(kind, size) for kind in KINDS for size in SIZES] + [("K3", "aligned")]
+    import torch
+
     with_pack()
     from slipstream.kernels.implementations import kitchen, triton_version
 
@@ -190,7 +195,8 @@ def agree(bench: Bench) -> Iterator[dict]:
     before = {key: os.environ.get(key) for key in wanted}
     os.environ.update(wanted)  # what is spawned reads it before Triton is imported
     try:
-        count = 2 if bench.dry else max(2, min(12, (os.cpu_count() or 2) - 1))
+        room = 2 if bench.dry else int(torch.cuda.mem_get_info(bench.device)[0] / PROCESS_BYTES)
+        count = max(1, min(12, (os.cpu_count() or 2) - 1, room))
         with concurrent.futures.ProcessPoolExecutor(count, mp_context=spawn) as pool:
             found = {pool.submit(agreement, str(bench.device), *task): task for task in tasks}
             for future in concurrent.futures.as_completed(found):

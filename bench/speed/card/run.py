@@ -151,7 +151,7 @@ def page(rows: list[dict], command: str) -> str:
     about = next((row for row in rows if row.get("name") == "about"), {})
     rates = "; ".join(f"{r['name']} {r['rate']:.0f} {r['unit']}" for r in rows if "rate" in r) or "not measured"
     known = {key: about.get(key, "unknown") for key in ("device", "date", "torch", "triton", "host")}
-    note = HOPPER if str(about.get("capability", ""))[:1] == "9" else ""
+    note = HOPPER if list(about.get("capability", ()))[:1] == [9] else ""
     text = HEAD.format(command=command, rates=rates, note=note, **known)
     for line in PLAN:
         part = [{k: v for k, v in row.items() if k not in ("line", "at")} for row in rows if row["line"] == line.name]
