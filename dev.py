@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.util
 import os
 import re
 import shutil
@@ -60,10 +61,10 @@ def main(argv: list[str]) -> int:
         if not options.path:
             raise Stop("`python dev.py host` needs --path with the folder of a ComfyUI checkout.")
         command, rest = (rest[0], rest[1:]) if rest and rest[0] in commands else ("test", rest)
-    packed = command == "card" and not options.path and "--pack" not in rest and (CARD / "host").is_dir()
-    environment = (
-        Packed() if packed else Environment(Path(options.path).expanduser().resolve() if options.path else None)
-    )
+    if command == "card" and "--pack" not in rest and not options.path and Packed.fits():
+        environment: Environment = Packed()
+    else:
+        environment = Environment(Path(options.path).expanduser().resolve() if options.path else None)
     environment.prepare()
     return commands[command](environment, rest)
 
@@ -124,6 +125,11 @@ def bench(environment: Environment, rest: list[str]) -> int:
 
 
 def card(environment: Environment, rest: list[str]) -> int:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--out")
+    known, rest = parser.parse_known_args(rest)
+    if known.out is not None:  # as seen from the caller's folder
+        rest += [f"--out={Path(known.out).expanduser().resolve()}"]
     return environment.python("-m", "bench.speed.card.run", *rest)
 
 
@@ -242,6 +248,10 @@ class Environment:
 
 class Packed(Environment):
     """The Python that runs this, with the host and the packages of CARD: for a machine that reaches no registry."""
+
+    @staticmethod
+    def fits() -> bool:
+        return (CARD / "host").is_dir() and importlib.util.find_spec("torch") is not None
 
     def __init__(self) -> None:
         self.host, self.executable = CARD / "host", sys.executable

@@ -161,8 +161,8 @@ def _run(x: Tensor, layer: Layer, kernel: str | None) -> Tensor:
         except OutOfMemory:
             raise
         except Exception as error:
-            if implementation.name == "reference":
-                raise
+            if implementation.name == "reference" or _captured(x):
+                raise  # in a graph that has failed every other way fails too
             fault = f"it failed: {_one_line(error)}"
             _tell(state, implementation, fault)
             with state.lock:
@@ -171,8 +171,9 @@ def _run(x: Tensor, layer: Layer, kernel: str | None) -> Tensor:
 
 
 def _key(x: Tensor, layer: Layer, name: str | None) -> str:
-    """Of a choice: M and the rank count up to the next power of two, so that not every resolution is measured anew."""
-    bucket, rank = _up(len(x)), _up(layer.rank) if layer.rank else 0
+    """Of a choice: M and the rank count up to the next power of two, so that not every resolution is measured anew; of
+    M beside it which compiled variant it is, because each has to be checked."""
+    bucket, rank = f"{_up(len(x))}{_variant(len(x))[0]}", _up(layer.rank) if layer.rank else 0
     return f"{name or ''}|{layer.kind}|{str(x.dtype)[6:]}|m{bucket}|n{layer.n}|k{layer.k}|r{rank}"
 
 
@@ -185,7 +186,7 @@ def _choice(state: _Device, x: Tensor, layer: Layer, name: str | None) -> _Choic
     found = state.chosen.get(key)
     if found is not None:
         return found
-    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+    if _captured(x):
         # Nothing can be compared or timed in a graph, and what serves it there is no choice for what comes later.
         way = next(i for i in implementations.TABLE if i.name in ("dequant_torch", "reference"))
         return _as_chosen(state, x, layer, way, (), {})
@@ -195,6 +196,10 @@ def _choice(state: _Device, x: Tensor, layer: Layer, name: str | None) -> _Choic
             with lasting():  # what is compared and timed is no part of a forward
                 found = state.chosen[key] = _decide(state, key, x, layer, name)
     return found
+
+
+def _captured(x: Tensor) -> bool:
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _as_chosen(

@@ -71,6 +71,8 @@ def test_a_line_that_dies_or_hangs_costs_its_own_rows(tmp_path, monkeypatch):
         (NAMES[3], "row"),
         (NAMES[4], "row"),
     ]
+    with pytest.raises(FileExistsError):
+        run.Log(tmp_path / "out")  # what was measured is not written over
     log = run.Log(tmp_path / "short")
     run.measure(lines[2:], log, 1, dry=True)
     assert [row.get("failed", "row") for row in log.read()] == [

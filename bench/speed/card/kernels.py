@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import concurrent.futures
 import datetime
-import multiprocessing
+import json
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+
+from lab.boot import ROOT
 
 from .plan import NotThere
 from .worker import Bench
@@ -95,7 +98,11 @@ def card(bench: Bench) -> Iterator[dict]:
         ("int8", 2 * n**3, lambda: torch._int_mm(b, b.T), "TOP/s"),
         ("bandwidth", moved, lambda: target.copy_(source), "GB/s"),
     ):
-        rate = work / timed(run, bench) * 1000
+        try:
+            rate = work / timed(run, bench) * 1000
+        except Exception as error:
+            yield {"name": name, "failed": one_line(error)}
+            continue
         yield {"name": name, "rate": rate / (1e9 if name == "bandwidth" else 1e12), "unit": unit, "rate_si": rate}
 
 
@@ -178,40 +185,40 @@ def ways(x, layer) -> Iterator[tuple[object, tuple]]:
 def agree(bench: Bench) -> Iterator[dict]:
     """Relative error of each implementation against float64 on fresh random inputs, and the seconds of its first call.
 
-    A process for each kind of layer and size, so that Triton compiles in parallel; what they compile is kept on disk,
-    and the lines after this one find it.
+    A process for each kind of layer and size, so that Triton compiles in parallel and one that crashes costs its own
+    rows; what they compile is kept on disk, and the lines after this one find it.
     """
-    tasks = [(kind, size) for kind in KINDS for size in SIZES] + [("K3", "aligned")]
     import torch
 
     with_pack()
     from slipstream.kernels.implementations import kitchen, triton_version
 
-    for name, found in (("Triton", triton_version()), ("comfy-kitchen", kitchen())):
-        if found is None:
+    for name, package in (("Triton", triton_version()), ("comfy-kitchen", kitchen())):
+        if package is None:
             yield {"name": name, "not there": "the package is not installed"}
-    spawn = multiprocessing.get_context("spawn")
-    wanted = {"OMP_NUM_THREADS": "1", **({"TRITON_INTERPRET": "1"} if bench.dry else {})}
-    before = {key: os.environ.get(key) for key in wanted}
-    os.environ.update(wanted)  # what is spawned reads it before Triton is imported
-    try:
-        room = 2 if bench.dry else int(torch.cuda.mem_get_info(bench.device)[0] / PROCESS_BYTES)
-        count = max(1, min(12, (os.cpu_count() or 2) - 1, room))
-        with concurrent.futures.ProcessPoolExecutor(count, mp_context=spawn) as pool:
-            found = {pool.submit(agreement, str(bench.device), *task): task for task in tasks}
-            for future in concurrent.futures.as_completed(found):
-                kind, size = found[future]
-                try:
-                    yield from future.result()
-                except Exception as error:  # a process that a kernel has ended takes the pool with it
-                    yield {"name": "", "format": kind, "sizes": size, "failed": one_line(error)}
-    finally:
-        for key, value in before.items():
-            os.environ.pop(key, None) if value is None else os.environ.update({key: value})
+    tasks = [(kind, size) for kind in KINDS for size in SIZES] + [("K3", "aligned")]
+    room = 2 if bench.dry else int(torch.cuda.mem_get_info(bench.device)[0] / PROCESS_BYTES)
+    count = max(1, min(12, (os.cpu_count() or 2) - 1, room))
+    with concurrent.futures.ThreadPoolExecutor(count) as pool:
+        found = [pool.submit(in_a_process, str(bench.device), *task) for task in tasks]
+        for future in concurrent.futures.as_completed(found):
+            yield from future.result()
 
 
-def agreement(device: str, kind: str, size: str) -> list[dict]:
-    """The rows of one kind and size; runs in a process of its own."""
+def in_a_process(device: str, kind: str, size: str) -> list[dict]:
+    """`agreement` in a process of its own: the rows it came to, and one that says so if it did not end well."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **({"TRITON_INTERPRET": "1"} if device == "cpu" else {})}
+    command = [sys.executable, "-m", "bench.speed.card.kernels", device, kind, size]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, errors="replace")
+    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"')]
+    if done.returncode:
+        why = (done.stderr.strip().splitlines() or [""])[-1][:200]
+        rows.append({"name": "", "format": kind, "sizes": size, "failed": f"ended with {done.returncode}: {why}"})
+    return rows
+
+
+def agreement(device: str, kind: str, size: str) -> Iterator[dict]:
+    """The rows of one kind and size."""
     import torch
 
     with_pack()
@@ -219,14 +226,16 @@ def agreement(device: str, kind: str, size: str) -> list[dict]:
     dry = device == "cpu"
     (m, n), k = (DRY_SIZES if dry else SIZES)[size], 256 if dry else 3072
     if kind == "K3":
-        return [fp4(torch.device(device), m, n, k)]
+        yield fp4(torch.device(device), m, n, k)
+        return
     layer = layer_of(kind, n, k, device)
     x = torch.randn(m, k, device=device).bfloat16()
     rounded, full = exactly(x, layer, layer.act_bits), exactly(x, layer, 16)
-    rows = []
+    seen = set()
     for way, config in ways(x, layer):
-        if dry and any(row["name"] == way.name for row in rows):
+        if dry and way.name in seen:
             continue  # the interpreter takes as long for every tile
+        seen.add(way.name)
         row = {"name": way.name, "format": kind, "sizes": size, "config": "x".join(map(str, config))}
         try:
             began = time.perf_counter()
@@ -239,8 +248,7 @@ def agreement(device: str, kind: str, size: str) -> list[dict]:
             row["worst_row"] = float(((got - true).norm(dim=1) / true.norm(dim=1)).max())
         except Exception as error:
             row["failed"] = one_line(error)
-        rows.append(row)
-    return rows
+        yield row
 
 
 def fp4(device, m: int, n: int, k: int) -> dict:
@@ -280,8 +288,14 @@ def needs_triton() -> None:
 
 
 def on_card(bench: Bench, run: Callable[[], float], row: dict) -> dict:
-    """The row with what `run` measures; a kernel cannot be timed in a dry run, which has no compiler for the CPU."""
-    return {**row, "dry": True} if bench.dry else {**row, "ms": run()}
+    """The row with what `run` measures, or why it failed; a dry run has no compiler for the CPU and times no kernel."""
+    if bench.dry:
+        return {**row, "dry": True}
+    try:
+        return {**row, "ms": run()}
+    except Exception as error:
+        bench.sync()  # raises where the card is unusable, so that another process goes on
+        return {**row, "failed": one_line(error)}
 
 
 def k0(bench: Bench) -> Iterator[dict]:
@@ -301,7 +315,7 @@ def k0(bench: Bench) -> Iterator[dict]:
                 options = {"bits": bits, "rotation": rotation, "rows": tall}
                 run = lambda a=(x, smooth, down), o=options: timed(lambda: quantise(*a, **o), bench)  # noqa: E731
                 row = on_card(bench, run, {"name": f"{bits} bit, rotation {rotation}", "k": k, "rows": tall})
-                if "ms" in row:
+                if "ms" in row and "bandwidth" in bench.rates:
                     row["floor_ms"] = 1000 * moved / bench.rates["bandwidth"]
                     row["times_floor"] = row["ms"] / row["floor_ms"]
                 yield row
@@ -375,11 +389,12 @@ def fastest(bench: Bench, x, layer, shape: dict, base: float, work: float, moved
         try:
             took = timed(lambda w=way, c=config: w.run(x, layer, c), bench, 7)
         except Exception as error:
+            bench.sync()
             best.setdefault(way.name, {**row, "failed": one_line(error)})
             continue
         if took < best.get(way.name, {}).get("ms", float("inf")):
             best[way.name] = {**row, "ms": took, "speedup": base / took, **shares(bench, work, took)}
-            if bench.rates and not bench.dry:
+            if {"int8", "bandwidth"} <= bench.rates.keys() and not bench.dry:
                 floor = max(work / bench.rates["int8"], moved / bench.rates["bandwidth"])
                 best[way.name]["roofline_ms"] = 1000 * floor
     return list(best.values())
@@ -393,6 +408,10 @@ def problem_of(x, layer):
 
 def shares(bench: Bench, work: float, ms: float) -> dict[str, float]:
     """Of the rates measured on this card, in per cent."""
-    if bench.dry or not bench.rates:
-        return {}
-    return {f"of_{name}_pct": 100 * work / ms * 1000 / bench.rates[name] for name in ("int8", "bf16")}
+    known = () if bench.dry else [name for name in ("int8", "bf16") if name in bench.rates]
+    return {f"of_{name}_pct": 100 * work / ms * 1000 / bench.rates[name] for name in known}
+
+
+if __name__ == "__main__":
+    for found in agreement(*sys.argv[1:]):
+        print(json.dumps(found), flush=True)

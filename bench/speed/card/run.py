@@ -56,7 +56,7 @@ class Log:
     def __init__(self, folder: Path):
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.rows = folder, folder / "rows.jsonl"
-        self.rows.write_text("")
+        self.rows.touch(exist_ok=False)  # what was measured before is not lost
         self._text = (folder / "log.txt").open("w", encoding="utf-8")
         self._began = time.monotonic()
 
@@ -140,7 +140,7 @@ def measure(lines: list[Line], log: Log, seconds: float, dry: bool) -> None:
         if why:
             log.row(worker.current, failed=why)
         if len(left) == len(lines):
-            left = left[1:]  # it did not even begin
+            break  # it did not even begin, and another would not either; the log says why
         lines = left
     for line in lines:
         log.row(line, failed="not reached")
@@ -164,7 +164,11 @@ def page(rows: list[dict], command: str) -> str:
 def shown(rows: list[dict]) -> str:
     """A table with small numbers in four digits, and without columns that are empty everywhere."""
     columns = list(dict.fromkeys(key for row in rows for key, value in row.items() if value not in (None, "")))
-    return table([{k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows], columns)
+
+    def cell(value: object) -> object:
+        return f"{value:.4g}" if isinstance(value, float) else str(value).replace("|", "/")
+
+    return table([{key: cell(value) for key, value in row.items() if value is not None} for row in rows], columns)
 
 
 def chosen(names: list[str]) -> Iterator[Line]:
@@ -189,13 +193,25 @@ def main() -> None:
         return
     if options.out is None:
         parser.error("--out DIR is needed")
-    log = Log(options.out)
-    measure(list(chosen(options.lines)), log, options.seconds, options.dry)
-    rows = log.read()
+    if options.seconds <= LEAST:
+        parser.error(f"--seconds is {options.seconds:.0f}, which is not enough to begin; try 570")
+    try:
+        log = Log(options.out)
+    except FileExistsError:
+        parser.error(f"--out {options.out} is a file or has rows of another run; name another folder")
+    except OSError as error:
+        parser.error(f"--out {options.out} cannot be written: {error.strerror}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # the worker is ended with us
     command = f"python dev.py card --out DIR --seconds {options.seconds:.0f}" + " --dry" * options.dry
-    (options.out / "gpu.md").write_text(page(rows, command), encoding="utf-8")
-    failed = [row for row in rows if "failed" in row]
-    log.say(f"{len(rows)} rows, {len(failed)} of them failed, in {options.out}\n")
+    try:
+        measure(list(chosen(options.lines)), log, options.seconds, options.dry)
+    finally:
+        rows = log.read()
+        (options.out / "gpu.md").write_text(page(rows, command), encoding="utf-8")
+        failed = [row for row in rows if "failed" in row]
+        log.say(f"{len(rows)} rows, {len(failed)} of them failed, in {options.out}\n")
+    if len(failed) == len(rows):
+        sys.exit("Nothing was measured.")
 
 
 if __name__ == "__main__":

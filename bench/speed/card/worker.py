@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -15,6 +16,7 @@ from .plan import PLAN, NotThere
 from .run import MARK
 
 DRY = "SLIPSTREAM_CARD_DRY"
+UNUSABLE = 3
 
 
 @dataclass
@@ -32,6 +34,15 @@ class Bench:
 
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+
+def release(bench: Bench) -> None:
+    """Give back what the allocator holds: the next line may need it, or processes that it starts."""
+    import torch
+
+    gc.collect()
+    if bench.device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def main() -> None:
@@ -65,7 +76,12 @@ def main() -> None:
             emit({"line": line.name, "not there": str(missing)})
         except Exception as error:
             traceback.print_exc()
-            emit({"line": line.name, "failed": f"{type(error).__name__}: {error}"[:300]})
+            emit({"line": line.name, "failed": " ".join(f"{type(error).__name__}: {error}".split())[:300]})
+            try:
+                bench.sync()
+            except Exception:
+                os._exit(UNUSABLE)  # what this process does on the card fails from now on; the next one's does not
+        release(bench)
         print(f"{line.name}: {count} rows in {time.monotonic() - started:.1f} s", flush=True)
 
 
