@@ -32,7 +32,7 @@ def test_every_line_of_the_plan_runs_dry(tmp_path):
     assert all(f"\n## {name}\n" in page for name in NAMES) and "CPU, dry" in page
     # as right as a kernel has to be, and as near as on the CPU
     errors = [row["error"] for row in rows if row["line"] == "correctness" and "error" in row]
-    assert len(errors) > 20 and max(errors) < 0.02
+    assert len(errors) > 8 and max(errors) < 0.02
     assert min(row["psnr_db"] for row in rows if "psnr_db" in row) > 30
     assert {row["filled"] for row in rows if row.get("cache") == "every third"} == {4}
 

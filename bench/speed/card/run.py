@@ -140,6 +140,7 @@ def measure(lines: list[Line], log: Log, seconds: float, dry: bool) -> None:
         if why:
             log.row(worker.current, failed=why)
         if len(left) == len(lines):
+            lines = lines[1:]
             break  # it did not even begin, and another would not either; the log says why
         lines = left
     for line in lines:
