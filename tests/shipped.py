@@ -11,7 +11,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def _listed(*options: str) -> set[str]:
+def listed(*options: str) -> set[str]:
+    """Paths of the files that git knows or, by the options, would know. Skips the test outside of a checkout."""
     command = ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", *options]
     try:
         found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -23,5 +24,5 @@ def _listed(*options: str) -> set[str]:
 @lru_cache(maxsize=1)
 def shipped() -> tuple[str, ...]:
     """Paths relative to ROOT, with slashes, sorted. New files that git does not ignore count."""
-    ignored = _listed("--ignored", f"--exclude-from={ROOT / '.comfyignore'}")
-    return tuple(sorted(name for name in _listed("--exclude-standard") - ignored if (ROOT / name).is_file()))
+    ignored = listed("--ignored", f"--exclude-from={ROOT / '.comfyignore'}")
+    return tuple(sorted(name for name in listed("--exclude-standard") - ignored if (ROOT / name).is_file()))

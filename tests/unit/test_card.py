@@ -9,7 +9,7 @@ import sys
 import time
 
 import pytest
-from shipped import ROOT
+from shipped import ROOT, listed
 
 from bench.speed.card import pack, run
 from bench.speed.card.plan import NAMES, PLAN
@@ -82,20 +82,11 @@ def test_a_line_that_dies_or_hangs_costs_its_own_rows(tmp_path, monkeypatch):
     ]
 
 
-def tracked() -> list:
-    """The files of the tree that are in the repository, or would be with the next commit."""
-    command = ["git", "-C", ROOT, "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip("this copy is no git checkout")
-    return [path for name in done.stdout.split("\0") if name and (path := ROOT / name).is_file()]
-
-
 def test_tree_and_pack_fit_in_one_small_archive(tmp_path):
     """What a machine without a network is sent: 62 MiB with what is packed."""
     pack.pack(tmp_path / "pack")
     packed = pack.size(tmp_path / "pack")
     assert (tmp_path / "pack/host/comfy/samplers.py").is_file() and (tmp_path / "pack/site/torchsde").is_dir()
-    files = tracked()
+    files = [path for name in listed("--exclude-standard") if (path := ROOT / name).is_file()]
     assert packed > 1_000_000 and packed + sum(path.stat().st_size for path in files) < FITS
     assert sum(path.stat().st_size for path in files if path.suffix in SUFFIXES) < PICTURES

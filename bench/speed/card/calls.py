@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 
-from .kernels import one_line, with_pack
-from .plan import NotThere
+from .kernels import with_pack
+from .plan import NotThere, one_line
 from .worker import Bench
 
 CALLS = 300

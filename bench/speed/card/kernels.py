@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 
 from lab.boot import ROOT
 
-from .plan import NotThere
+from .plan import NotThere, one_line
 from .worker import Bench
 
 RANK = 32
@@ -66,10 +66,6 @@ def timed(run: Callable, bench: Bench, repeats: int = 15) -> float:
             end.synchronize()
             times.append(start.elapsed_time(end))
     return sorted(times)[len(times) // 2]
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
 def card(bench: Bench) -> Iterator[dict]:

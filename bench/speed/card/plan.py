@@ -4,6 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+DRY = "SLIPSTREAM_CARD_DRY"  # in the environment of a worker that measures nothing
+
+
+def one_line(error: Exception) -> str:
+    """An error as a row can hold it."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
 
 class NotThere(Exception):
     """A package, a host or a part of a card that a line needs and this machine has not; the message says which."""

@@ -28,7 +28,7 @@ from pathlib import Path
 from lab.boot import ROOT
 from lab.rows import table
 
-from .plan import NAMES, PLAN, Line
+from .plan import DRY, NAMES, PLAN, Line
 
 MARK = "\x1e"  # before the worker's word that a line begins
 WORKER = (sys.executable, "-u", "-m", "bench.speed.card.worker")
@@ -83,8 +83,8 @@ class Worker:
     def __init__(self, lines: list[Line], log: Log, dry: bool):
         command = [*WORKER, str(log.rows), json.dumps([line.name for line in lines])]
         environment = dict(os.environ)
-        if dry:  # kernels run in Triton's interpreter where one is there
-            environment.update(CUDA_VISIBLE_DEVICES="", SLIPSTREAM_CARD_DRY="1")
+        if dry:
+            environment |= {"CUDA_VISIBLE_DEVICES": "", DRY: "1"}
         self._process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             errors="replace", start_new_session=os.name != "nt",

@@ -12,10 +12,9 @@ import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .plan import PLAN, NotThere
+from .plan import DRY, PLAN, NotThere, one_line
 from .run import MARK
 
-DRY = "SLIPSTREAM_CARD_DRY"
 UNUSABLE = 3
 
 
@@ -76,7 +75,7 @@ def main() -> None:
             emit({"line": line.name, "not there": str(missing)})
         except Exception as error:
             traceback.print_exc()
-            emit({"line": line.name, "failed": " ".join(f"{type(error).__name__}: {error}".split())[:300]})
+            emit({"line": line.name, "failed": one_line(error)})
             try:
                 bench.sync()
             except Exception:
