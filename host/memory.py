@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import comfy.model_management
 import torch
 
-from ..engine.history import Storage
+from ..engine.forecast.history import Storage
 
 DEVICES = {"auto": None, "GPU": Storage.DEVICE, "RAM": Storage.RAM, "int8": Storage.INT8}
 

@@ -33,7 +33,7 @@ class SlipstreamExtension(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         try:
-            importlib.import_module("..host.sharing", __name__).register()
+            importlib.import_module("..host.profiles.embedding", __name__).register()
         except Exception:
             log.exception("Slipstream: profiles are not embedded in workflows on this host")
         nodes = []

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..host import profiles
+from ..engine.run.plan import METHODS, PRESETS, SITES, CacheConfig
 from ..host.memory import DEVICES
-from ..host.patcher import add_cache
-from ..host.plan import METHODS, PRESETS, SITES, CacheConfig
+from ..host.model import add_cache
+from ..host.profiles import folder as profiles
 from .schema import schema, widget
 
 

@@ -6,12 +6,12 @@ import latent_preview
 import torch
 from comfy_api.latest import io, ui
 
-from ..host.calibrate import calibrate, summary
-from ..host.events import show
-from ..host.frontier import draw
-from ..host.profiles import save
-from ..host.recording import CHOICES, GOALS, Job, Wish
-from ..host.report import as_image
+from ..host.calibrate.calibrate import calibrate, summary
+from ..host.calibrate.recording import CHOICES, GOALS, Job, Wish
+from ..host.canvas.events import show
+from ..host.profiles.folder import save
+from ..host.report.frontier import draw
+from ..host.report.report import as_image
 from .schema import schema, widget
 
 

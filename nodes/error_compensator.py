@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..host import profiles
-from ..host.patcher import add_compensator
-from ..host.plan import MOST_ANCHORS, REFERENCES, TERMS, CompensatorConfig
+from ..engine.run.plan import MOST_ANCHORS, REFERENCES, TERMS, CompensatorConfig
+from ..host.model import add_compensator
+from ..host.profiles import folder as profiles
 from .schema import schema, widget
 
 

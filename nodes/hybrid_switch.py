@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..host.segments import A_FIRST, AUTO, MEMORY, ORDERS, STEPS, UNITS, SwitchConfig
-from ..host.switch import add_switch
+from ..host.switch.segments import A_FIRST, AUTO, MEMORY, ORDERS, STEPS, UNITS, SwitchConfig
+from ..host.switch.switch import add_switch
 from .schema import schema, widget
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..host.events import show
-from ..host.pruned import files, load, summary
+from ..host.canvas.events import show
+from ..host.switch.pruned import files, load, summary
 from .schema import schema, widget
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..host.events import show
-from ..host.quant_load import load, names
-from ..host.quantise import summary
+from ..host.canvas.events import show
+from ..host.quantise.load import load, names
+from ..host.quantise.quantise import summary
 from .schema import schema, widget
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import comfy.utils
 from comfy_api.latest import io
 
-from ..host import profiles
-from ..host.events import show
-from ..host.quant_files import quantise_file
-from ..host.quant_load import names
-from ..host.quantise import QuantWish
+from ..host.canvas.events import show
+from ..host.profiles import folder as profiles
+from ..host.quantise.load import names
+from ..host.quantise.quantise import QuantWish
+from ..host.quantise.save import quantise_file
 from .schema import schema, widget
 from .w4a4_quantize import BITS, wish_widgets
 

@@ -6,9 +6,9 @@ import comfy.samplers
 import comfy.utils
 from comfy_api.latest import io
 
-from ..host.events import show
-from ..host.remote import Here, RemoteSegment, sample_latent
-from ..host.remote_job import Part, RemoteModel, parse_files, parse_loras
+from ..host.canvas.events import show
+from ..host.remote.graph import Part, RemoteModel, parse_files, parse_loras
+from ..host.remote.segment import Here, RemoteSegment, sample_latent
 from .schema import schema, widget
 
 # What the host's text encoder loaders call their models; the server says so if it does not know one.

@@ -5,9 +5,9 @@ from __future__ import annotations
 import latent_preview
 from comfy_api.latest import io, ui
 
-from ..host.events import show
-from ..host.report import FLOORS, Given, make_report
-from ..host.report_runs import Sampling
+from ..host.canvas.events import show
+from ..host.report.report import FLOORS, Given, make_report
+from ..host.report.runs import Sampling
 from .schema import schema, widget
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import comfy.utils
 from comfy_api.latest import io
 
-from ..host.events import show
-from ..host.quant_files import save
+from ..host.canvas.events import show
+from ..host.quantise.save import save
 from .schema import schema, widget
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..host.patcher import add_predictor
-from ..host.plan import KINDS, PredictorConfig
+from ..engine.run.plan import KINDS, PredictorConfig
+from ..host.model import add_predictor
 from .schema import schema, widget
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import comfy.utils
 from comfy_api.latest import io
 
-from ..host import profiles
-from ..host.events import show
-from ..host.quantise import CHOICES, FIRST_RUN, QuantWish, quantise, summary
+from ..host.canvas.events import show
+from ..host.profiles import folder as profiles
+from ..host.quantise.quantise import CHOICES, FIRST_RUN, QuantWish, quantise, summary
 from .schema import schema, widget
 
 BITS = {"4 bit": 4, "8 bit": 8, "16 bit": 16}

@@ -11,9 +11,9 @@ import comfy.sample
 import comfy.supported_models
 import torch
 from slipstream.demo import emoji
-from slipstream.host import events
-from slipstream.host.patcher import add_cache, add_predictor, plan_of
-from slipstream.host.plan import CacheConfig, PredictorConfig
+from slipstream.engine.run.plan import CacheConfig, PredictorConfig
+from slipstream.host.canvas import events
+from slipstream.host.model import add_cache, add_predictor, plan_of
 
 UNET = dict(
     use_checkpoint=False, image_size=32, use_spatial_transformer=True, legacy=False, out_channels=4, in_channels=4,

@@ -20,12 +20,14 @@ import scenes
 import torch
 from sampling import Lab, random_weights, relative
 from slipstream.demo import emoji
-from slipstream.host import events, quant_files, quant_load
-from slipstream.host.patcher import add_compensator
-from slipstream.host.plan import ORIGINAL, CompensatorConfig
-from slipstream.host.quantise import QuantWish, quantise
-from slipstream.host.segments import SwitchConfig
-from slipstream.host.switch import add_switch
+from slipstream.engine.run.plan import ORIGINAL, CompensatorConfig
+from slipstream.host.canvas import events
+from slipstream.host.model import add_compensator
+from slipstream.host.quantise import load as quant_load
+from slipstream.host.quantise import save as quant_files
+from slipstream.host.quantise.quantise import QuantWish, quantise
+from slipstream.host.switch.segments import SwitchConfig
+from slipstream.host.switch.switch import add_switch
 
 # Wide enough for the host's own detection, so that it can be loaded from a file; reads the demo's prompts.
 TINY = families.Family(

@@ -1,7 +1,7 @@
 /**
  * Keeps the profiles that Cache Loaders use inside the workflow, and writes them back where their file is missing.
  *
- * The server does the same for every queued prompt (host/sharing.py). Here it is done for what never reaches the queue:
+ * The server does the same for every queued prompt (host/profiles/embedding.py). Here it is done for what never reaches the queue:
  * a workflow that is saved, and the list of profiles on the canvas after one is loaded.
  */
 

@@ -2,7 +2,7 @@
  * The strip: what became of every evaluation of a run, on each Slipstream node that takes part in it.
  *
  * A bar is one evaluation, its colour and height say what was done; the line above is the drift. The server sends what
- * is new at most 20 times a second (host/strip.py), this file draws it at the next frame. A page that comes later asks
+ * is new at most 20 times a second (host/canvas/strip.py), this file draws it at the next frame. A page that comes later asks
  * for the last runs of its workflow, so a reload, a second tab and a workflow opened again show the same.
  */
 
@@ -95,7 +95,7 @@ function told(cell, run) {
   return parts.join(say.comma)
 }
 
-/** Counts, seconds spent and saved, drift and megabytes of a run; estimated as host/account.py does until it ended. */
+/** Counts, seconds spent and saved, drift and megabytes of a run; estimated as engine/run/account.py does until it ended. */
 function summed(run) {
   const cells = run.cells.filter(Boolean)
   const counts = new Map()

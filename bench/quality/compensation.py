@@ -61,8 +61,8 @@ class Measured:
 
     def add(self, setting: str, name: str, model, **more) -> dict:
         from slipstream.engine.metrics import psnr
-        from slipstream.host import events
-        from slipstream.host.patcher import plan_of
+        from slipstream.host.canvas import events
+        from slipstream.host.model import plan_of
 
         began = time.process_time()
         result = self.lab.unseen.sample(model, 0)
@@ -100,18 +100,18 @@ class Measured:
 
 def compensated(model, anchors: int, reference: str = "auto"):
     """The model through an Error Compensator, as the node puts it there."""
-    from slipstream.host.patcher import add_compensator
-    from slipstream.host.plan import CompensatorConfig
+    from slipstream.engine.run.plan import CompensatorConfig
+    from slipstream.host.model import add_compensator
 
     return add_compensator(model, CompensatorConfig("none", anchors, node_id="e", reference=reference))
 
 
 def with_coefficients(model, found, lab: Lab, anchors: int):
     """The model with fitted coefficients at work; without any where the fit has found none."""
-    from slipstream.engine.correctors import METHODS
-    from slipstream.host.corrections import THETA
-    from slipstream.host.fitting import Follow, watched
-    from slipstream.host.plan import CompensatorConfig
+    from slipstream.engine.correction.corrections import THETA
+    from slipstream.engine.correction.correctors import METHODS
+    from slipstream.engine.run.plan import CompensatorConfig
+    from slipstream.host.calibrate.fitting import Follow, watched
 
     config = CompensatorConfig(anchors=anchors, node_id="e")
     if not found.about["terms"]:
@@ -123,10 +123,10 @@ def with_coefficients(model, found, lab: Lab, anchors: int):
 
 def terms_of(measured: Measured, setting: str, model, quantised: bool, names, anchors: int = 0) -> None:
     """Rows of the setting with every term fitted as its authors do it, kept whatever the gate says, and with auto."""
-    from slipstream.engine.correctors import METHODS
-    from slipstream.host import fitting
-    from slipstream.host.patcher import plan_of
-    from slipstream.host.plan import CompensatorConfig
+    from slipstream.engine.correction.correctors import METHODS
+    from slipstream.engine.run.plan import CompensatorConfig
+    from slipstream.host.calibrate import fitting
+    from slipstream.host.model import plan_of
 
     lab, known = measured.lab, measured.lab.known()
     config = CompensatorConfig(anchors=anchors)
@@ -155,9 +155,9 @@ def uncached(measured: Measured, setting: str, model, order: int) -> None:
 def stitched(measured: Measured) -> None:
     """A small model in the early steps: anchors on the large one, fitted terms, and other uses of the same seconds."""
     from slipstream.demo import emoji
-    from slipstream.host.reference import LargeModel
-    from slipstream.host.segments import SwitchConfig
-    from slipstream.host.switch import add_switch
+    from slipstream.host.compensate.reference import LargeModel
+    from slipstream.host.switch.segments import SwitchConfig
+    from slipstream.host.switch.switch import add_switch
 
     lab, small = measured.lab, emoji.load_small_flux()
     setting = f"small model for {SMALL_STEPS} steps"
@@ -188,10 +188,11 @@ def _anchors(count: int) -> str:
 
 def placements(measured: Measured, setting: str, model, known, in_time) -> None:
     """Anchors with several decays and in several places, on one setting. known: products of two steps' residuals."""
-    from slipstream.engine import anchors as rules
-    from slipstream.engine.choice import error_effects, gaussian_jacobians
-    from slipstream.host import compensate, recording
-    from slipstream.host.reference import BetterWeights
+    from slipstream.engine.calibration.choice import error_effects, gaussian_jacobians
+    from slipstream.engine.correction import anchors as rules
+    from slipstream.host.calibrate import recording
+    from slipstream.host.compensate import compensator as compensate
+    from slipstream.host.compensate.reference import BetterWeights
 
     lab, sigmas = measured.lab, measured.lab.seen.values
     flow = lab.name.endswith("flux_emoji")
@@ -232,8 +233,8 @@ def predictable(measured: Measured, setting: str, quantised: bool, model=None, o
     the forecast one and two steps after a computed one. Returns the reference's runs.
     """
     import torch
-    from slipstream.engine.predictors import Predictor
-    from slipstream.host import fitting
+    from slipstream.engine.forecast.predictors import Predictor
+    from slipstream.host.calibrate import fitting
 
     lab = measured.lab
     job = lab.seen if model is None else dataclasses.replace(lab.seen, model=model)
@@ -309,7 +310,7 @@ def predictable(measured: Measured, setting: str, quantised: bool, model=None, o
 
 def _calmer(lab: Lab, residuals) -> float:
     """The largest part of euler_ancestral's noise that PTQD's variance correction would leave out, over the steps."""
-    from slipstream.engine.correctors import calmer_noise
+    from slipstream.engine.correction.correctors import calmer_noise
 
     sigmas, shares = lab.seen.values, [0.0]
     for i, (high, low) in enumerate(itertools.pairwise(sigmas)):
@@ -344,7 +345,7 @@ def stochastic(measured: Measured, model) -> None:
 def corrector_ms(channels: int = 16, size: int = 128) -> float:
     """Milliseconds of the offline corrector on a latent of FLUX at 1024 x 1024, one CPU thread."""
     import torch
-    from slipstream.engine.correctors import METHODS, corrected
+    from slipstream.engine.correction.correctors import METHODS, corrected
 
     terms, slope = METHODS["with memory"], torch.randn(1, channels, size, size)
     theta = 0.01 * torch.randn(channels, 4)

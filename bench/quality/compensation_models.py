@@ -30,7 +30,7 @@ class Lab:
 
     def known(self) -> tuple:
         """The full model's trajectories and latents of the runs that terms are fitted on, sampled once."""
-        from slipstream.host import fitting
+        from slipstream.host.calibrate import fitting
 
         if self._known is None:
             self._known = fitting.references(self.seen, False)
@@ -41,7 +41,7 @@ def lab_of(name: str, pictures: int) -> Lab:
     import comfy.samplers
     import torch
     from slipstream.demo import emoji
-    from slipstream.host.recording import Job
+    from slipstream.host.calibrate.recording import Job
 
     base = emoji.load_flux() if name == "flux" else quick_attention(emoji.load_unet())
     sampler = comfy.samplers.sampler_object("euler")
@@ -79,7 +79,8 @@ def cpu_seconds() -> None:
     """Let the compensator's account be of CPU seconds, as the rows are: other programs do not count."""
     from types import SimpleNamespace
 
-    from slipstream.host import compensate, reference
+    from slipstream.host.compensate import compensator as compensate
+    from slipstream.host.compensate import reference
 
     compensate.time = reference.time = SimpleNamespace(perf_counter=time.process_time)
 
@@ -123,11 +124,11 @@ def quick_layers() -> None:
 def cached(model, lab: Lab, order: int, computed: int = COMPUTED, more: Sequence[float] = ()):
     """The model with even key steps and `more`, and reuse (order 0) or Taylor, as a profile and Cache Loader do it."""
     import torch
-    from slipstream.engine.profile import Profile
-    from slipstream.engine.search import uniform
-    from slipstream.engine.statistics import Statistics
-    from slipstream.host.patcher import PROFILE, add_cache, add_predictor
-    from slipstream.host.plan import CacheConfig, PredictorConfig
+    from slipstream.engine.calibration.profile import Profile
+    from slipstream.engine.calibration.search import uniform
+    from slipstream.engine.calibration.statistics import Statistics
+    from slipstream.engine.run.plan import CacheConfig, PredictorConfig
+    from slipstream.host.model import PROFILE, add_cache, add_predictor
 
     if order:
         model = add_predictor(model, PredictorConfig("Taylor", order))
@@ -143,7 +144,7 @@ def cached(model, lab: Lab, order: int, computed: int = COMPUTED, more: Sequence
 
 def seen_inputs(lab: Lab, names) -> dict:
     """Statistics of the inputs of these layers, from the first calibration run."""
-    from slipstream.host.quant_loras import PREFIX
+    from slipstream.host.quantise.loras import PREFIX
     from slipstream.quant.calibration import Collector
 
     layers = {name: lab.base.get_model_object(PREFIX + name) for name in names}
@@ -162,9 +163,9 @@ def seen_inputs(lab: Lab, names) -> dict:
 
 def quantised_models(lab: Lab) -> dict[str, object]:
     """Every quantiser's model, and the last one's with a tenth of its weights in 8 bit, the worst layers first."""
-    from slipstream.host.quant_layers import Quantised, place
-    from slipstream.host.quant_loras import PREFIX, original
-    from slipstream.host.quantise import QuantWish, quantise, quantised
+    from slipstream.host.quantise.loras import PREFIX, original
+    from slipstream.host.quantise.make import Quantised, place
+    from slipstream.host.quantise.quantise import QuantWish, quantise, quantised
     from slipstream.quant.layer import METHODS, output_error, quantise_linear, with_spec
     from slipstream.quant.linear import W4A4Linear
     from slipstream.quant.rotate import rotation_size

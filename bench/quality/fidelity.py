@@ -209,8 +209,8 @@ class Bench:
         self.computed += 1
 
     def prepare(self, method: Method):
-        from slipstream.host.patcher import add_cache, add_predictor
-        from slipstream.host.plan import CacheConfig, PredictorConfig
+        from slipstream.engine.run.plan import CacheConfig, PredictorConfig
+        from slipstream.host.model import add_cache, add_predictor
 
         model = self.base if method.wrap is None else method.wrap(self.base)
         if method.cache is not None:
@@ -224,8 +224,8 @@ class Bench:
         import comfy.sample
         import torch
         from slipstream.demo import emoji
-        from slipstream.host import events
-        from slipstream.host.patcher import plan_of
+        from slipstream.host.canvas import events
+        from slipstream.host.model import plan_of
 
         latents, computed, seconds = [], [], []
         for i in range(pictures):

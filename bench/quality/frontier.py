@@ -89,17 +89,17 @@ def measure(name: str, scheduler: str, pictures: int, runs: int) -> list[dict]:
     import comfy.samplers
     import torch
     from slipstream.demo import emoji
-    from slipstream.engine.choice import Search, evident
+    from slipstream.engine.calibration.choice import Search, evident
+    from slipstream.engine.calibration.profile import Profile
+    from slipstream.engine.calibration.search import adjusted_sigmas, step_coefficients
     from slipstream.engine.metrics import psnr, relative_error
-    from slipstream.engine.profile import Profile
-    from slipstream.engine.search import adjusted_sigmas, step_coefficients
-    from slipstream.host import events
-    from slipstream.host import recording as calibration
-    from slipstream.host.architectures import architecture_of
-    from slipstream.host.patcher import PROFILE, add_cache, add_predictor, plan_of
-    from slipstream.host.plan import CacheConfig, PredictorConfig
-    from slipstream.host.recipe import MODEL_OUTPUT, described, resolve
-    from slipstream.host.sampling import sampler_traits
+    from slipstream.engine.run.families import architecture_of
+    from slipstream.engine.run.plan import CacheConfig, PredictorConfig
+    from slipstream.engine.run.recipe import MODEL_OUTPUT, described, resolve
+    from slipstream.engine.run.samplers import sampler_traits
+    from slipstream.host.calibrate import recording as calibration
+    from slipstream.host.canvas import events
+    from slipstream.host.model import PROFILE, add_cache, add_predictor, plan_of
 
     torch.set_num_threads(1)
     base = emoji.load_flux() if name == "flux" else emoji.load_unet()
@@ -182,11 +182,11 @@ def measure(name: str, scheduler: str, pictures: int, runs: int) -> list[dict]:
 def blocks(label: str, scheduler: str, seen, unseen, truth, calibration) -> list[dict]:
     """ECAD's front on single blocks, searched on three runs, scored on the pictures no schedule has seen."""
     import torch
-    from slipstream.engine.ecad import cost_of, evolve, heuristics
+    from slipstream.engine.calibration.ecad import cost_of, evolve, heuristics
+    from slipstream.engine.calibration.profile import BLOCKS, Profile
     from slipstream.engine.metrics import psnr, relative_error
-    from slipstream.engine.profile import BLOCKS, Profile
-    from slipstream.host.architectures import architecture_of
-    from slipstream.host.blocks import EACH, block_sizes
+    from slipstream.engine.run.families import architecture_of
+    from slipstream.engine.sites.stack import EACH, block_sizes
 
     network = seen.model.get_model_object("diffusion_model")
     sizes = block_sizes(network, architecture_of(network))
@@ -222,7 +222,7 @@ def blocks(label: str, scheduler: str, seen, unseen, truth, calibration) -> list
 def cost(label: str, scheduler: str, job, calibration) -> list[dict]:
     """Seconds and memory of the full runs with and without recording, in turns."""
     import torch
-    from slipstream.engine.calibration import Recorder
+    from slipstream.engine.calibration.recorder import Recorder
 
     peak, push = [0], Recorder.push
 

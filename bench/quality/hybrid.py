@@ -111,8 +111,8 @@ class Bench:
         self.work = {LARGE: work_of(self.large), SMALL: work_of(self.small)}
 
     def prepare(self, method: Method):
-        from slipstream.host.segments import SwitchConfig
-        from slipstream.host.switch import add_switch
+        from slipstream.host.switch.segments import SwitchConfig
+        from slipstream.host.switch.switch import add_switch
 
         if method.switch_at is None:
             return self.small if method.name == SMALL else self.large

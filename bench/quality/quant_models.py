@@ -326,7 +326,7 @@ def scenes() -> list[tuple[str, Callable, str, int, bool]]:
 def whole_models(only: Callable[[str], bool] = lambda name: True) -> list[dict]:
     """One row per model and method."""
     from slipstream.engine.metrics import relative_error
-    from slipstream.host import modulation
+    from slipstream.host.quantise import modulation
 
     rows = []
     plain: dict[str, Tensor] = {}
@@ -362,7 +362,7 @@ def whole_models(only: Callable[[str], bool] = lambda name: True) -> list[dict]:
 def crossing(magnitudes: tuple[int, ...] = CROSSING) -> list[dict]:
     """Where smoothing by the modulation begins to pay: one row per size of the outliers put into the small Flux."""
     from slipstream.demo import emoji
-    from slipstream.host import modulation
+    from slipstream.host.quantise import modulation
 
     pair = [m for m in methods() if m.name in (PLAIN, SMOOTHED)]
     rows = []

@@ -90,7 +90,7 @@ them and groups of 64 are few, so read the order, not the decibels.
 CROSSING_HEAD = """
 ## When to smooth by the modulation
 
-{plain}, with and without the smooth factor read from the modulation (`host/modulation.py`), on the small Flux
+{plain}, with and without the smooth factor read from the modulation (`host/quantise/modulation.py`), on the small Flux
 with outliers of rising size: `equal` as above. least, median, most: of its layers' largest channel over their median
 one, as the modulation has it. `STANDS_OUT` is set from these rows.
 
@@ -99,8 +99,8 @@ one, as the modulation has it. `STANDS_OUT` is set from these rows.
 HOST_HEAD = """
 ## The node
 
-The same pictures through `host/quantise.py`, without data, by the policy with all its treatments (modulation in W4A16
-where the policy says so). Megabytes: the whole model as the host counts it.
+The same pictures through `host/quantise/quantise.py`, without data, by the policy with all its treatments (modulation
+in W4A16 where the policy says so). Megabytes: the whole model as the host counts it.
 
 """
 
@@ -251,7 +251,7 @@ def peak() -> float:
 def host_rows() -> list[dict]:
     """The trained small models quantised by the host's node, scored like the methods."""
     from slipstream.demo import emoji
-    from slipstream.host.quantise import QuantWish, quantise
+    from slipstream.host.quantise.quantise import QuantWish, quantise
 
     rows = []
     for name, load, scheduler in (("Flux", emoji.load_flux, "simple"), ("SD1.5", emoji.load_unet, "normal")):

@@ -67,9 +67,9 @@ def measure() -> list[dict]:
     import comfy.sample
     import comfy.supported_models
     import torch
-    from slipstream.host import events
-    from slipstream.host.patcher import add_cache, add_predictor, plan_of
-    from slipstream.host.plan import CacheConfig, PredictorConfig
+    from slipstream.engine.run.plan import CacheConfig, PredictorConfig
+    from slipstream.host.canvas import events
+    from slipstream.host.model import add_cache, add_predictor, plan_of
 
     torch.set_num_threads(1)
 

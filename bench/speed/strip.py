@@ -86,9 +86,9 @@ def measure(pairs: int, steps: int) -> dict:
     received = start_server()
     import comfy.sample
     import torch
-    from slipstream.host import events
-    from slipstream.host.patcher import add_cache, add_predictor
-    from slipstream.host.plan import CacheConfig, PredictorConfig
+    from slipstream.engine.run.plan import CacheConfig, PredictorConfig
+    from slipstream.host.canvas import events
+    from slipstream.host.model import add_cache, add_predictor
 
     from demo import emoji
 

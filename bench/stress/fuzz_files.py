@@ -19,7 +19,7 @@ from .target import NAME, Case, Target, place_of, sample
 
 def profile_bytes(model: str = "fuzz") -> bytes:
     """A profile with everything in it that a profile can hold."""
-    from slipstream.engine.profile import Profile
+    from slipstream.engine.calibration.profile import Profile
 
     whole = Profile.load(next((emoji.MODELS.parent / "profiles").glob("tiny_flux*")))
     extras = {
@@ -57,7 +57,7 @@ class Profiles(Target):
         return file_of(tensors, {self.key: text} if rng.random() < 0.97 else None)
 
     def case(self, rng: Random) -> Case:
-        from slipstream.engine.profile import Profile
+        from slipstream.engine.calibration.profile import Profile
 
         data = self.data(rng)
 
@@ -82,13 +82,13 @@ class SampledProfiles(Profiles):
         super().__init__(folder)
         self.place = place_of(folder, "slipstream_profiles")
         self.model = emoji.load_flux()
-        from slipstream.host.profiles import fingerprint
+        from slipstream.host.profiles.folder import fingerprint
 
         self.plan["model"] = fingerprint(self.model)
 
     def case(self, rng: Random) -> Case:
-        from slipstream.host.patcher import add_cache, add_compensator, add_predictor
-        from slipstream.host.plan import CacheConfig, CompensatorConfig, PredictorConfig
+        from slipstream.engine.run.plan import CacheConfig, CompensatorConfig, PredictorConfig
+        from slipstream.host.model import add_cache, add_compensator, add_predictor
 
         data, name = self.data(rng), rng.choice((NAME, "auto", NAME))
 
@@ -173,8 +173,8 @@ class Models(Layers):
 
     def __init__(self, folder: Path):
         Target.__init__(self, folder)
-        from slipstream.host.quant_files import quantise_file
-        from slipstream.host.quantise import QuantWish
+        from slipstream.host.quantise.quantise import QuantWish
+        from slipstream.host.quantise.save import quantise_file
         from slipstream.quant.files import QUANTISATION
 
         place = place_of(folder, "diffusion_models")
@@ -190,7 +190,7 @@ class Models(Layers):
         self.place = place
 
     def case(self, rng: Random) -> Case:
-        from slipstream.host import quant_load
+        from slipstream.host.quantise import load as quant_load
 
         data, name = self.data(rng), rng.choice((NAME,) * 9 + ("../" + NAME, "x.gguf", "", "\0"))
 
@@ -215,7 +215,7 @@ class Pruned(Target):
         self.path = folder / NAME
 
     def case(self, rng: Random) -> Case:
-        from slipstream.host import pruned
+        from slipstream.host.switch import pruned
 
         way = rng.randrange(3)
         if way == 0:

@@ -40,7 +40,7 @@ class Embedded(Target):
         }  # fmt: skip
 
     def case(self, rng: Random) -> Case:
-        from slipstream.host import sharing
+        from slipstream.host.profiles import embedding as sharing
 
         text = base64.b64encode(self.files.data(rng)).decode() if rng.random() < 0.7 else odd_json(rng)
         name = NAME if rng.random() < 0.5 else rng.choice((*TEXTS, *ODD))
@@ -74,7 +74,8 @@ class Routes(Target):
     share = 2.0
 
     def case(self, rng: Random) -> Case:
-        from slipstream.host import sharing, strip
+        from slipstream.host.canvas import strip
+        from slipstream.host.profiles import embedding as sharing
 
         found = {}
         routes = SimpleNamespace(post=lambda path: lambda handler: found.setdefault("strips", handler))
@@ -110,8 +111,8 @@ class Servers(Target):
     )  # fmt: skip
 
     def case(self, rng: Random) -> Case:
-        from slipstream.host.remote_http import SETTINGS, locate
-        from slipstream.host.remote_job import parse_files, parse_loras
+        from slipstream.host.remote.graph import parse_files, parse_loras
+        from slipstream.host.remote.http import SETTINGS, locate
 
         tree = {"servers": {"far": {"address": "https://far.example:8188", "token": "abc"}}}
         text = dumped(damaged_tree(rng, tree)) if rng.random() < 0.5 else dumped(tree)
@@ -150,14 +151,14 @@ class Answers(Target):
 
     def __init__(self, folder: Path):
         super().__init__(folder)
-        from slipstream.host.remote_job import packed
+        from slipstream.host.remote.graph import packed
 
         self.latent = packed(torch.zeros(1, 16, 4, 4))
 
     def case(self, rng: Random) -> Case:
-        from slipstream.host import remote_job
-        from slipstream.host.remote_api import Gateway, Native, connect, understood
-        from slipstream.host.remote_http import Address, Answer
+        from slipstream.host.remote import graph as remote_job
+        from slipstream.host.remote.dialects import Gateway, Native, connect, understood
+        from slipstream.host.remote.http import Address, Answer
 
         bodies = []
         for _ in range(8):
@@ -193,7 +194,7 @@ class Answers(Target):
 
 def questions(api) -> list[Callable]:
     """Everything that a segment asks of a server."""
-    from slipstream.host import remote_job
+    from slipstream.host.remote import graph as remote_job
 
     outputs: dict = {}
     return [
@@ -217,8 +218,8 @@ def told(ask: Callable) -> Exception | None:
 
 
 def _ours(error: Exception) -> Exception:
-    from slipstream.host.errors import SlipstreamError
-    from slipstream.host.remote_http import NoAnswer
+    from slipstream.engine.run.errors import SlipstreamError
+    from slipstream.host.remote.http import NoAnswer
 
     if isinstance(error, SlipstreamError | NoAnswer):
         return error
@@ -229,8 +230,9 @@ class Plans(Target):
     """Plans as JSON, and names of files to be written."""
 
     def case(self, rng: Random) -> Case:
-        from slipstream.host import profiles, quant_files
-        from slipstream.host.plan import CacheConfig, CompensatorConfig, Plan, PredictorConfig
+        from slipstream.engine.run.plan import CacheConfig, CompensatorConfig, Plan, PredictorConfig
+        from slipstream.host.profiles import folder as profiles
+        from slipstream.host.quantise import save as quant_files
         from slipstream.quant.policy import Policy, parse_overrides, plan
 
         tree = Plan(CacheConfig(), PredictorConfig(), CompensatorConfig()).as_json()

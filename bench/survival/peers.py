@@ -207,8 +207,8 @@ def wrapper(peer: Peer) -> Callable:
 
 
 def ours(model, cache: dict, predictor: dict | None = None):
-    from slipstream.host.patcher import add_cache, add_predictor
-    from slipstream.host.plan import CacheConfig, PredictorConfig
+    from slipstream.engine.run.plan import CacheConfig, PredictorConfig
+    from slipstream.host.model import add_cache, add_predictor
 
     model = add_cache(model, CacheConfig(**cache, node_id="peers"))
     return model if predictor is None else add_predictor(model, PredictorConfig(**predictor))
@@ -310,7 +310,7 @@ class Bench:
 
     def together(self, wrap: Callable, alone: list[float] | None) -> dict[str, str]:
         """H16: the peer's node and ours on one MODEL: refused by name, or as good as the worse of the two alone."""
-        from slipstream.host.errors import SlipstreamError
+        from slipstream.engine.run.errors import SlipstreamError
 
         def our(model):
             return ours(model, **OURS["Cache Loader + Taylor Predictor"])

@@ -181,7 +181,7 @@ class Smoke:
         demand(torch.equal(one, other), f"{what}: not bit-identical, {self.psnr(one, other):.1f} dB")
 
     def report(self, model) -> dict:
-        return self.module("host.report").last_run(model)
+        return self.module("host.report.report").last_run(model)
 
 
 def registered(smoke: Smoke) -> str:

@@ -29,10 +29,10 @@ def make(name: str, scheduler: str) -> None:
     import comfy.samplers
     import torch
     from slipstream.demo import emoji
-    from slipstream.host.calibrate import calibrate, summary
-    from slipstream.host.patcher import add_predictor
-    from slipstream.host.plan import PredictorConfig
-    from slipstream.host.recording import Job, Wish
+    from slipstream.engine.run.plan import PredictorConfig
+    from slipstream.host.calibrate.calibrate import calibrate, summary
+    from slipstream.host.calibrate.recording import Job, Wish
+    from slipstream.host.model import add_predictor
 
     torch.set_num_threads(1)
     base = emoji.load_flux() if "flux" in name else emoji.load_unet()

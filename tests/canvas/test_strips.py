@@ -8,7 +8,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from slipstream.host.strip import INTERVAL, KEPT_NODES, KEPT_RUNS, Strips
+from slipstream.host.canvas.strip import INTERVAL, KEPT_NODES, KEPT_RUNS, Strips
 
 
 class Server:

@@ -14,17 +14,19 @@ import torch
 from sampling import relative
 from scenes import controlled, guided, scheduled
 from slipstream.demo import emoji
-from slipstream.engine.history import History
-from slipstream.engine.profile import Profile
-from slipstream.engine.statistics import Statistics
-from slipstream.host import events, patcher, profiles
-from slipstream.host.architectures import architecture_of
-from slipstream.host.block_mask import EachCall, EachSite
-from slipstream.host.blocks import EACH, Blocks, block_sizes
-from slipstream.host.errors import SlipstreamError
+from slipstream.engine.calibration.profile import Profile
+from slipstream.engine.calibration.statistics import Statistics
+from slipstream.engine.forecast.history import History
+from slipstream.engine.run.errors import SlipstreamError
+from slipstream.engine.run.families import architecture_of
+from slipstream.engine.run.plan import CacheConfig, PredictorConfig
+from slipstream.engine.run.run import Run
+from slipstream.engine.sites.each_block import EachCall, EachSite
+from slipstream.engine.sites.stack import EACH, Blocks, block_sizes
+from slipstream.host import model as patcher
+from slipstream.host.canvas import events
 from slipstream.host.memory import Memory
-from slipstream.host.plan import CacheConfig, PredictorConfig
-from slipstream.host.run import Run
+from slipstream.host.profiles import folder as profiles
 
 STEPS = 16
 MODELS = ["flux", "sd3", "lumina", "wan21"]  # two stacks, two streams, patched forwards, video with text read only

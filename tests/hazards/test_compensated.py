@@ -15,15 +15,15 @@ import torch
 from sampling import relative
 from scenes import guided, scheduled
 from slipstream.demo import emoji
-from slipstream.engine.anchors import Carried
-from slipstream.host.compensate import Compensator
-from slipstream.host.errors import SlipstreamError
-from slipstream.host.patcher import add_compensator
-from slipstream.host.plan import ORIGINAL, UNCACHED, CompensatorConfig
-from slipstream.host.quant_loras import quantised_modules
-from slipstream.host.quantise import QuantWish, quantise
-from slipstream.host.segments import TURN, SwitchConfig
-from slipstream.host.switch import SwitchedRun, add_switch
+from slipstream.engine.correction.anchors import Carried
+from slipstream.engine.run.errors import SlipstreamError
+from slipstream.engine.run.plan import ORIGINAL, UNCACHED, CompensatorConfig
+from slipstream.host.compensate.compensator import Compensator
+from slipstream.host.model import add_compensator
+from slipstream.host.quantise.loras import quantised_modules
+from slipstream.host.quantise.quantise import QuantWish, quantise
+from slipstream.host.switch.segments import TURN, SwitchConfig
+from slipstream.host.switch.switch import SwitchedRun, add_switch
 
 STEPS = 10
 

@@ -11,11 +11,13 @@ import torch
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from sampling import relative
 from slipstream.demo import emoji
-from slipstream.host import patcher, profiles, report
-from slipstream.host.calibrate import calibrate
-from slipstream.host.errors import SlipstreamError
-from slipstream.host.plan import CacheConfig
-from slipstream.host.recording import Job, Wish
+from slipstream.engine.run.errors import SlipstreamError
+from slipstream.engine.run.plan import CacheConfig
+from slipstream.host import model as patcher
+from slipstream.host.calibrate.calibrate import calibrate
+from slipstream.host.calibrate.recording import Job, Wish
+from slipstream.host.profiles import folder as profiles
+from slipstream.host.report import report
 from stacks import CACHE, EVERYTHING, LAYER, LOADED, QUANTISED, SITUATIONS, SWITCHED, TAYLOR, Bench, Stack, apart
 
 

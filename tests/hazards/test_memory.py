@@ -10,10 +10,10 @@ import pytest
 import torch
 from sampling import relative
 from scenes import SITES, every_site
-from slipstream.engine.history import Storage
-from slipstream.host import events
+from slipstream.engine.forecast.history import Storage
+from slipstream.engine.run.run import Run
+from slipstream.host.canvas import events
 from slipstream.host.memory import AUTOMATIC_SHARE, Memory
-from slipstream.host.run import Run
 
 # The tiny Flux at 64 image tokens of width 256, in float32: one snapshot, as `docs/memory.md` has it.
 SNAPSHOT = 64 * 256 * 4

@@ -15,14 +15,17 @@ import torch
 from comfy.cli_args import args
 from scenes import SITES
 from slipstream.demo import emoji
-from slipstream.host import allocations, first_run, patcher, switch
-from slipstream.host.calibrate import calibrate
-from slipstream.host.patcher import add_cache, add_compensator
-from slipstream.host.plan import LARGE_MODEL, UNCACHED, CacheConfig, CompensatorConfig
-from slipstream.host.quantise import FIRST_RUN, QuantWish, quantise
-from slipstream.host.recording import Job, Wish
-from slipstream.host.segments import SwitchConfig
-from slipstream.host.switch import add_switch
+from slipstream.engine.run.plan import LARGE_MODEL, UNCACHED, CacheConfig, CompensatorConfig
+from slipstream.host import allocations
+from slipstream.host import model as patcher
+from slipstream.host.calibrate.calibrate import calibrate
+from slipstream.host.calibrate.recording import Job, Wish
+from slipstream.host.model import add_cache, add_compensator
+from slipstream.host.quantise import first_run
+from slipstream.host.quantise.quantise import FIRST_RUN, QuantWish, quantise
+from slipstream.host.switch import switch
+from slipstream.host.switch.segments import SwitchConfig
+from slipstream.host.switch.switch import add_switch
 from slipstream.kernels import dispatch, lasting
 
 STEPS = 9

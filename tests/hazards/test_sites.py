@@ -14,10 +14,10 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from sampling import relative
 from scenes import SITES, Site, every_site, repeated
-from slipstream.engine.history import History
-from slipstream.host.blocks import BlockCall, BlockSite
-from slipstream.host.run import Run
-from slipstream.host.unet import DepthCall, EncoderCall, UNetSite
+from slipstream.engine.forecast.history import History
+from slipstream.engine.run.run import Run
+from slipstream.engine.sites.stack import BlockCall, BlockSite
+from slipstream.engine.sites.unet import DepthCall, EncoderCall, UNetSite
 
 
 class Counted:

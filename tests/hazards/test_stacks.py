@@ -19,19 +19,19 @@ from comfy.patcher_extension import WrappersMP
 from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode
 from sampling import relative
 from scenes import predicting
-from slipstream.engine.anchors import Carried
-from slipstream.engine.history import History
-from slipstream.host.compensate import Compensator
-from slipstream.host.errors import SlipstreamError
-from slipstream.host.patcher import add_cache, add_compensator, add_predictor
-from slipstream.host.plan import KINDS, ORIGINAL, CacheConfig, CompensatorConfig, PredictorConfig
-from slipstream.host.quant_layers import planned
-from slipstream.host.quant_loras import quantised_modules
-from slipstream.host.quantise import QuantWish, quantise
-from slipstream.host.run import Run
-from slipstream.host.segments import SwitchConfig
-from slipstream.host.switch import SwitchedRun, add_switch
-from slipstream.host.view import View
+from slipstream.engine.correction.anchors import Carried
+from slipstream.engine.forecast.history import History
+from slipstream.engine.run.errors import SlipstreamError
+from slipstream.engine.run.plan import KINDS, ORIGINAL, CacheConfig, CompensatorConfig, PredictorConfig
+from slipstream.engine.run.run import Run
+from slipstream.host.compensate.compensator import Compensator
+from slipstream.host.model import add_cache, add_compensator, add_predictor
+from slipstream.host.quantise.loras import quantised_modules
+from slipstream.host.quantise.make import planned
+from slipstream.host.quantise.quantise import QuantWish, quantise
+from slipstream.host.switch.segments import SwitchConfig
+from slipstream.host.switch.switch import SwitchedRun, add_switch
+from slipstream.host.switch.view import View
 from slipstream.quant import policy
 from slipstream.quant.formats import GROUP_SIZE
 from stacks import EVERYTHING, LOADED, SITUATIONS, STACKS, STEPS, Bench, Stack, apart, in_order

@@ -15,11 +15,12 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from sampling import relative
 from slipstream.demo import emoji
-from slipstream.engine.history import History
-from slipstream.host import patcher, sites
-from slipstream.host.errors import SlipstreamError
-from slipstream.host.plan import CacheConfig, PredictorConfig
-from slipstream.host.run import Run
+from slipstream.engine.forecast.history import History
+from slipstream.engine.run.errors import SlipstreamError
+from slipstream.engine.run.plan import CacheConfig, PredictorConfig
+from slipstream.engine.run.run import Run
+from slipstream.host import attach as sites
+from slipstream.host import model as patcher
 from stacks import in_order
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -328,14 +329,14 @@ def test_h18_a_run_inside_another_run(lab):
 def test_h18_no_mutable_module_globals():
     """Threads and queue items share modules, so a module may hold tables but no state. The exceptions are named."""
     allowed = {
-        ("host/events.py", "_reports"),  # finished numbers, bounded, behind a lock
+        ("host/canvas/events.py", "_reports"),  # finished numbers, bounded, behind a lock
         ("kernels/dispatch.py", "_devices"),  # which kernel serves which shape on which card, behind a lock
         ("kernels/dispatch.py", "_folder"),  # where that is kept
         ("kernels/dispatch.py", "_use"),  # the user's override
         ("kernels/lasting.py", "_outside"),  # where the host wants what lasts to be allocated
         ("host/allocations.py", "_record"),  # how many runs keep the host's compiler off, behind a lock
         ("kernels/derived.py", "_kept"),  # other layouts of a weight, which go with its memory
-        ("host/reference.py", "_COPIES"),  # 8-bit copies of layers, which go with the layer
+        ("host/compensate/reference.py", "_COPIES"),  # 8-bit copies of layers, which go with the layer
     }
     found = set()
     for folder in ("engine", "quant", "kernels", "host", "nodes"):

@@ -14,14 +14,14 @@ import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule
-from slipstream.engine.history import History
-from slipstream.host.errors import SlipstreamError
-from slipstream.host.patcher import add_cache, add_compensator, add_predictor
-from slipstream.host.plan import KINDS, METHODS, PRESETS, CacheConfig, CompensatorConfig, PredictorConfig
-from slipstream.host.quantise import QuantWish, quantise
-from slipstream.host.run import Run
-from slipstream.host.segments import SwitchConfig
-from slipstream.host.switch import add_switch
+from slipstream.engine.forecast.history import History
+from slipstream.engine.run.errors import SlipstreamError
+from slipstream.engine.run.plan import KINDS, METHODS, PRESETS, CacheConfig, CompensatorConfig, PredictorConfig
+from slipstream.engine.run.run import Run
+from slipstream.host.model import add_cache, add_compensator, add_predictor
+from slipstream.host.quantise.quantise import QuantWish, quantise
+from slipstream.host.switch.segments import SwitchConfig
+from slipstream.host.switch.switch import add_switch
 
 SMALL = (8, 8)
 STEPS = (2, 5, 7)

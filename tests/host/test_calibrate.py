@@ -10,13 +10,14 @@ import pytest
 import torch
 from sampling import relative
 from slipstream.demo import emoji
-from slipstream.engine.profile import Profile
-from slipstream.engine.search import uniform
-from slipstream.host import patcher, profiles
-from slipstream.host.calibrate import calibrate
-from slipstream.host.errors import SlipstreamError
-from slipstream.host.plan import CacheConfig, PredictorConfig
-from slipstream.host.recording import Job, Wish
+from slipstream.engine.calibration.profile import Profile
+from slipstream.engine.calibration.search import uniform
+from slipstream.engine.run.errors import SlipstreamError
+from slipstream.engine.run.plan import CacheConfig, PredictorConfig
+from slipstream.host import model as patcher
+from slipstream.host.calibrate.calibrate import calibrate
+from slipstream.host.calibrate.recording import Job, Wish
+from slipstream.host.profiles import folder as profiles
 
 
 @pytest.fixture

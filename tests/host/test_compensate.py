@@ -12,15 +12,12 @@ import pytest
 import torch
 from sampling import relative
 from slipstream.demo import emoji
-from slipstream.engine.anchors import placed
+from slipstream.engine.calibration.profile import Profile
+from slipstream.engine.correction.anchors import placed
+from slipstream.engine.correction.corrections import THETA, as_extras, correction_of, merged, moments_of
 from slipstream.engine.metrics import psnr
-from slipstream.engine.profile import Profile
-from slipstream.host import events, profiles
-from slipstream.host.calibrate import calibrate, summary
-from slipstream.host.corrections import THETA, as_extras, correction_of, merged, moments_of
-from slipstream.host.errors import SlipstreamError
-from slipstream.host.patcher import add_cache, add_compensator, plan_of
-from slipstream.host.plan import (
+from slipstream.engine.run.errors import SlipstreamError
+from slipstream.engine.run.plan import (
     LARGE_MODEL,
     ORIGINAL,
     UNCACHED,
@@ -29,12 +26,16 @@ from slipstream.host.plan import (
     Plan,
     check_compensator,
 )
-from slipstream.host.quant_loras import quantised_modules
-from slipstream.host.quantise import QuantWish, quantise
-from slipstream.host.recording import Job, Wish
-from slipstream.host.reference import LargeModel
-from slipstream.host.segments import TURN, Larger, SwitchConfig, Turn
-from slipstream.host.switch import add_switch
+from slipstream.host.calibrate.calibrate import calibrate, summary
+from slipstream.host.calibrate.recording import Job, Wish
+from slipstream.host.canvas import events
+from slipstream.host.compensate.reference import LargeModel
+from slipstream.host.model import add_cache, add_compensator, plan_of
+from slipstream.host.profiles import folder as profiles
+from slipstream.host.quantise.loras import quantised_modules
+from slipstream.host.quantise.quantise import QuantWish, quantise
+from slipstream.host.switch.segments import TURN, Larger, SwitchConfig, Turn
+from slipstream.host.switch.switch import add_switch
 
 STEPS = 8
 MLP = "diffusion_model.double_blocks.0.img_mlp.0"

@@ -17,15 +17,16 @@ import torch
 from sampling import Lab, relative
 from slipstream.demo import emoji
 from slipstream.engine.files import write_whole
-from slipstream.host import events, first_run
-from slipstream.host.patcher import add_compensator
-from slipstream.host.plan import ORIGINAL, CompensatorConfig
-from slipstream.host.quant_layers import KEY, Quantised
-from slipstream.host.quantise import FIRST_RUN, QuantWish, quantise, quantised
-from slipstream.host.reference import BetterWeights
-from slipstream.host.segments import SwitchConfig
-from slipstream.host.strip import EVENT, FINISHED, KEPT_NODES, Strips
-from slipstream.host.switch import add_switch
+from slipstream.engine.run.plan import ORIGINAL, CompensatorConfig
+from slipstream.host.canvas import events
+from slipstream.host.canvas.strip import EVENT, FINISHED, KEPT_NODES, Strips
+from slipstream.host.compensate.reference import BetterWeights
+from slipstream.host.model import add_compensator
+from slipstream.host.quantise import first_run
+from slipstream.host.quantise.make import KEY, Quantised
+from slipstream.host.quantise.quantise import FIRST_RUN, QuantWish, quantise, quantised
+from slipstream.host.switch.segments import SwitchConfig
+from slipstream.host.switch.switch import add_switch
 from slipstream.kernels import derived, dispatch
 from slipstream.kernels.choices import Choices
 from slipstream.quant.layer import METHODS, quantise_linear
@@ -216,16 +217,16 @@ def _content(value: object) -> object:
 def test_h18_the_module_globals_that_runs_change_are_these(lab):
     """Each is bounded or goes with what it describes, and is behind a lock or made anew without harm."""
     known = {
-        "host.events._reports",  # the last runs' numbers: 64 at most
-        "host.strip.STRIPS",  # the last runs' strips: 64 nodes at most
-        "host.quantise._MADE",  # goes with the network
-        "host.reference._COPIES",  # go with the layers
+        "host.canvas.events._reports",  # the last runs' numbers: 64 at most
+        "host.canvas.strip.STRIPS",  # the last runs' strips: 64 nodes at most
+        "host.quantise.quantise._MADE",  # goes with the network
+        "host.compensate.reference._COPIES",  # go with the layers
         "kernels.dispatch._devices",  # one per card
         "kernels.dispatch._folder",  # where their choices are kept
         "kernels.derived._kept",  # goes with a weight's memory
         "kernels.reference.regular_hadamard",  # constants: eight at most
-        "engine.statistics._weights_by_distance",  # constants
-        "host.profiles._read", "host.sharing._read",  # files as they are: bounded
+        "engine.calibration.statistics._weights_by_distance",  # constants
+        "host.profiles.folder._read", "host.profiles.embedding._read",  # files as they are: bounded
         "kernels.implementations.triton_version", "kernels.implementations.kitchen",  # looked up once
     }  # fmt: skip
     before = globals_of_the_pack()

@@ -22,14 +22,20 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from slipstream.demo import emoji
-from slipstream.engine import calibration, history
+from slipstream.engine.calibration import recorder as calibration
+from slipstream.engine.calibration.profile import Profile
 from slipstream.engine.files import write_whole
-from slipstream.engine.profile import Profile
-from slipstream.host import calibrate, patcher, profiles, quant_files, quant_load, recording, reference
-from slipstream.host.errors import SlipstreamError
-from slipstream.host.plan import CacheConfig, CompensatorConfig
-from slipstream.host.quantise import QuantWish, quantise
-from slipstream.host.run import Run
+from slipstream.engine.forecast import history
+from slipstream.engine.run.errors import SlipstreamError
+from slipstream.engine.run.plan import CacheConfig, CompensatorConfig
+from slipstream.engine.run.run import Run
+from slipstream.host import model as patcher
+from slipstream.host.calibrate import calibrate, recording
+from slipstream.host.compensate import reference
+from slipstream.host.profiles import folder as profiles
+from slipstream.host.quantise import load as quant_load
+from slipstream.host.quantise import save as quant_files
+from slipstream.host.quantise.quantise import QuantWish, quantise
 from slipstream.kernels.choices import Choices
 from slipstream.quant import linear
 from slipstream.quant.files import Writer

@@ -13,11 +13,12 @@ import torch
 from sampling import relative
 from slipstream.demo import emoji
 from slipstream.engine.metrics import psnr
-from slipstream.host import first_run, quant_layers
-from slipstream.host import quantise as quantising
-from slipstream.host.errors import SlipstreamError
-from slipstream.host.first_run import shortened
-from slipstream.host.quantise import FIRST_RUN, QuantWish, quantise, quantised, settled, summary
+from slipstream.engine.run.errors import SlipstreamError
+from slipstream.host.quantise import first_run
+from slipstream.host.quantise import make as quant_layers
+from slipstream.host.quantise import quantise as quantising
+from slipstream.host.quantise.first_run import shortened
+from slipstream.host.quantise.quantise import FIRST_RUN, QuantWish, quantise, quantised, settled, summary
 from slipstream.quant.formats import FORMATS
 from slipstream.quant.layer import sqnr
 from slipstream.quant.linear import W4A4Linear

@@ -9,9 +9,9 @@ import families
 import pytest
 import torch
 from slipstream.demo import emoji
-from slipstream.engine.calibration import Activations
-from slipstream.host import modulation
-from slipstream.host.quant_layers import linears_of
+from slipstream.engine.calibration.recorder import Activations
+from slipstream.host.quantise import modulation
+from slipstream.host.quantise.make import linears_of
 
 # Family, the parameters that say how large a channel is, and layers that must be among those found.
 ROWS = [

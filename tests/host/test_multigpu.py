@@ -13,11 +13,11 @@ import pytest
 import torch
 from sampling import Lab, relative
 from slipstream.demo import emoji
-from slipstream.host.patcher import add_compensator
-from slipstream.host.plan import CompensatorConfig
-from slipstream.host.quantise import QuantWish, quantise
-from slipstream.host.segments import SwitchConfig
-from slipstream.host.switch import add_switch
+from slipstream.engine.run.plan import CompensatorConfig
+from slipstream.host.model import add_compensator
+from slipstream.host.quantise.quantise import QuantWish, quantise
+from slipstream.host.switch.segments import SwitchConfig
+from slipstream.host.switch.switch import add_switch
 from slipstream.quant.linear import W4A4Linear
 
 multigpu = pytest.importorskip("comfy.multigpu", reason="this host has no multi-GPU clones")

@@ -6,11 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from slipstream.host import events
-from slipstream.host.patcher import add_cache, plan_of
-from slipstream.host.plan import CacheConfig
-from slipstream.host.precision import precision_of
-from slipstream.host.quantise import QuantWish, quantise
+from slipstream.engine.run.plan import CacheConfig
+from slipstream.host.canvas import events
+from slipstream.host.model import add_cache, plan_of
+from slipstream.host.quantise.precision import precision_of
+from slipstream.host.quantise.quantise import QuantWish, quantise
 
 NETWORK = torch.nn.Linear(1, 1)
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from slipstream.engine.profile import Profile
-from slipstream.host import profiles
+from slipstream.engine.calibration.profile import Profile
+from slipstream.host.profiles import folder as profiles
 
 from demo import emoji
 

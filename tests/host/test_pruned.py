@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import save_file
 from sampling import random_weights, relative
 from slipstream.demo import emoji
-from slipstream.host import pruned
-from slipstream.host.errors import SlipstreamError
-from slipstream.host.segments import SwitchConfig
-from slipstream.host.switch import add_switch
+from slipstream.engine.run.errors import SlipstreamError
+from slipstream.host.switch import pruned
+from slipstream.host.switch.segments import SwitchConfig
+from slipstream.host.switch.switch import add_switch
 
 # num_res_blocks, transformer_depth, transformer_depth_output, channel_mult, transformer_depth_middle
 STRUCTURES = {

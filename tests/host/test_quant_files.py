@@ -20,9 +20,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from sampling import relative
 from slipstream.demo import emoji
-from slipstream.host import profiles, quant_files, quant_layers, quant_load
-from slipstream.host.errors import SlipstreamError
-from slipstream.host.quantise import QuantWish, quantise
+from slipstream.engine.run.errors import SlipstreamError
+from slipstream.host.profiles import folder as profiles
+from slipstream.host.quantise import load as quant_load
+from slipstream.host.quantise import make as quant_layers
+from slipstream.host.quantise import save as quant_files
+from slipstream.host.quantise.quantise import QuantWish, quantise
 from slipstream.quant import nunchaku, policy
 from slipstream.quant.files import File, Writer
 from slipstream.quant.formats import FORMATS

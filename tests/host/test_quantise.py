@@ -24,12 +24,13 @@ from comfy.patcher_extension import CallbacksMP
 from sampling import relative
 from slipstream.demo import emoji
 from slipstream.engine.metrics import psnr
-from slipstream.host import nvfp4, profiles
-from slipstream.host import quantise as quantising
-from slipstream.host.calibrate import calibrate
-from slipstream.host.errors import SlipstreamError
-from slipstream.host.quantise import FIRST_RUN, QuantWish, quantise, quantised, summary
-from slipstream.host.recording import Job, Wish
+from slipstream.engine.run.errors import SlipstreamError
+from slipstream.host.calibrate.calibrate import calibrate
+from slipstream.host.calibrate.recording import Job, Wish
+from slipstream.host.profiles import folder as profiles
+from slipstream.host.quantise import nvfp4
+from slipstream.host.quantise import quantise as quantising
+from slipstream.host.quantise.quantise import FIRST_RUN, QuantWish, quantise, quantised, summary
 from slipstream.quant import policy
 from slipstream.quant.formats import FORMATS, QuantisedLinear
 from slipstream.quant.layer import METHODS, quantise_linear, with_spec
@@ -343,7 +344,7 @@ def test_what_an_adapter_changes_in_a_layer(lab, flux4, kind):
 
 def test_a_shared_patches_uuid_is_what_broke_object_patches(lab):
     """Why `quantise` gives its clone a uuid: without it the host puts modules in and out and restores into the wrong
-    ones. Should this fail, the host has changed, and the reason in `host/quantise.py` with it."""
+    ones. Should this fail, the host has changed, and the reason in `host/quantise/quantise.py` with it."""
     base = emoji.load_flux()
     lora = with_lora(base)
     plain, full = plain_sample(lab, base), plain_sample(lab, lora)
@@ -664,7 +665,7 @@ def test_nvfp4_is_the_hosts_own_layer_and_its_file_the_hosts_own_loader_reads(la
         with pytest.raises(SlipstreamError, match="does not know nvfp4"):
             quantise(lab.flux, QuantWish("nvfp4"))
         return
-    from slipstream.host.quant_files import save
+    from slipstream.host.quantise.save import save
 
     model = quantise(lab.flux, QuantWish("nvfp4"))
     assert "layers in nvfp4" in quantising.summary(model)

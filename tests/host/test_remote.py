@@ -30,13 +30,14 @@ import torch
 from faulty import Faulty, answer, cut, damage, drop_answer, drop_request, once, repeat, slow, swallow
 from safetensors.torch import load
 from slipstream.demo import emoji
-from slipstream.host import remote, remote_api
-from slipstream.host.errors import SlipstreamError
-from slipstream.host.remote import Here, RemoteSegment, sample_latent
-from slipstream.host.remote_http import HOSTS_VARIABLE, TOKEN_VARIABLE, Connection, RemoteUnavailable, locate
-from slipstream.host.remote_job import Part, RemoteModel, parse_loras, recognise
-from slipstream.host.segments import SwitchConfig
-from slipstream.host.switch import add_switch
+from slipstream.engine.run.errors import SlipstreamError
+from slipstream.host.remote import dialects as remote_api
+from slipstream.host.remote import segment as remote
+from slipstream.host.remote.graph import Part, RemoteModel, parse_loras, recognise
+from slipstream.host.remote.http import HOSTS_VARIABLE, TOKEN_VARIABLE, Connection, RemoteUnavailable, locate
+from slipstream.host.remote.segment import Here, RemoteSegment, sample_latent
+from slipstream.host.switch.segments import SwitchConfig
+from slipstream.host.switch.switch import add_switch
 from slipstream.nodes.remote_segment import RemoteSegmentNode
 
 from lab.client import Client

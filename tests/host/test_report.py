@@ -16,15 +16,19 @@ import pytest
 import torch
 from sampling import Lab
 from slipstream.demo import emoji
-from slipstream.host import events, gauge, report, report_card, report_runs
-from slipstream.host.errors import SlipstreamError
-from slipstream.host.patcher import add_cache
-from slipstream.host.plan import CacheConfig
-from slipstream.host.quantise import QuantWish, quantise
-from slipstream.host.report import Given
-from slipstream.host.report_runs import Sampling, plain_of
-from slipstream.host.segments import SwitchConfig, segments_of
-from slipstream.host.switch import add_switch
+from slipstream.engine.run.errors import SlipstreamError
+from slipstream.engine.run.plan import CacheConfig
+from slipstream.host import gauge
+from slipstream.host.canvas import events
+from slipstream.host.model import add_cache
+from slipstream.host.quantise.quantise import QuantWish, quantise
+from slipstream.host.report import card as report_card
+from slipstream.host.report import report
+from slipstream.host.report import runs as report_runs
+from slipstream.host.report.report import Given
+from slipstream.host.report.runs import Sampling, plain_of
+from slipstream.host.switch.segments import SwitchConfig, segments_of
+from slipstream.host.switch.switch import add_switch
 from slipstream.nodes.report import Report
 
 STEPS, SIZE = 10, (8, 8)

@@ -13,8 +13,8 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load, save_file
+from slipstream.engine.calibration.profile import Profile
 from slipstream.engine.metrics import psnr
-from slipstream.engine.profile import Profile
 
 from lab import workflow
 from lab.client import Client, PromptRefused

@@ -17,9 +17,10 @@ import pytest
 import torch
 from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
-from slipstream.engine.profile import Profile
-from slipstream.engine.statistics import Statistics
-from slipstream.host import profiles, sharing
+from slipstream.engine.calibration.profile import Profile
+from slipstream.engine.calibration.statistics import Statistics
+from slipstream.host.profiles import embedding as sharing
+from slipstream.host.profiles import folder as profiles
 
 NAME = "mine.safetensors"
 

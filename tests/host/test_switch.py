@@ -18,12 +18,22 @@ from comfy_extras.nodes_perpneg import Guider_PerpNeg
 from sampling import UNET, build, random_weights, relative
 from slipstream.demo import emoji
 from slipstream.engine.coordinates import FLOW, VARIANCE_EXPLODING
-from slipstream.host import events
-from slipstream.host.errors import SlipstreamError
-from slipstream.host.quantise import QuantWish, quantise
-from slipstream.host.segments import KEY, NAMED, Boundary, Segment, SwitchConfig, joined, segments_of, span_at, spans
-from slipstream.host.switch import SwitchedRun, add_switch
-from slipstream.host.view import View
+from slipstream.engine.run.errors import SlipstreamError
+from slipstream.host.canvas import events
+from slipstream.host.quantise.quantise import QuantWish, quantise
+from slipstream.host.switch.segments import (
+    KEY,
+    NAMED,
+    Boundary,
+    Segment,
+    SwitchConfig,
+    joined,
+    segments_of,
+    span_at,
+    spans,
+)
+from slipstream.host.switch.switch import SwitchedRun, add_switch
+from slipstream.host.switch.view import View
 
 SMALL = {"steps": 5, "size": (8, 8)}
 WAN_T2V, WAN_I2V = NAMED

@@ -9,9 +9,11 @@ import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
 from sampling import relative
-from slipstream.host import events, patcher, sites
-from slipstream.host.errors import SlipstreamError
-from slipstream.host.plan import CacheConfig, Plan, PredictorConfig
+from slipstream.engine.run.errors import SlipstreamError
+from slipstream.engine.run.plan import CacheConfig, Plan, PredictorConfig
+from slipstream.host import attach as sites
+from slipstream.host import model as patcher
+from slipstream.host.canvas import events
 
 
 def lora(model, strength=1.0):
@@ -188,9 +190,9 @@ class ListModel:
 
 
 def test_models_that_return_several_tensors():
-    from slipstream.host.plan import check_cache
-    from slipstream.host.run import Run
-    from slipstream.host.sampling import Clock, Sampler
+    from slipstream.engine.run.plan import check_cache
+    from slipstream.engine.run.run import Run
+    from slipstream.engine.run.samplers import Clock, Sampler
 
     cache = check_cache(CacheConfig("Custom", "interval", 1.0, max_skip=2))
     sigmas = [1.0 - i / 12 for i in range(13)]

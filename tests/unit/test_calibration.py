@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from slipstream.engine.calibration import Activations, Recorder
-from slipstream.engine.statistics import Statistics
+from slipstream.engine.calibration.recorder import Activations, Recorder
+from slipstream.engine.calibration.statistics import Statistics
 
 
 def path(steps: int, elements: int, seed: int) -> list[torch.Tensor]:

@@ -8,8 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from slipstream.engine.anchors import Carried, automatic, expected, placed, solved
-from slipstream.engine.correctors import (
+from slipstream.engine.correction.anchors import Carried, automatic, expected, placed, solved
+from slipstream.engine.correction.correctors import (
     CUMULATIVE,
     FEATURES,
     LARGEST,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from slipstream.engine import ecad
+from slipstream.engine.calibration import ecad
 
 STEPS, SIZES = 10, [100, 100, 300]
 

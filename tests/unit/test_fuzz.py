@@ -8,9 +8,9 @@ import math
 
 import pytest
 import torch
-from slipstream.host.account import _unexpected
-from slipstream.host.errors import HEAD, TAIL, SlipstreamError
-from slipstream.host.remote_job import parse_loras
+from slipstream.engine.run.account import _unexpected
+from slipstream.engine.run.errors import HEAD, TAIL, SlipstreamError
+from slipstream.host.remote.graph import parse_loras
 from slipstream.kernels.choices import Choices
 from slipstream.nodes import SlipstreamExtension
 from slipstream.quant.formats import description_of
@@ -42,14 +42,14 @@ def test_json_as_deep_as_a_well_is_no_json(tmp_path):
 
 
 def test_a_request_in_an_encoding_that_nobody_knows_is_answered():
-    from slipstream.host import sharing
+    from slipstream.host.profiles import embedding as sharing
 
     answered(sharing.post_profile, b"{}", {"Content-Type": "application/json; charset=nonsense"})
 
 
 def test_numbers_in_a_profile_that_are_none_are_refused_or_passed_over():
     """NaN in what a profile tells of itself could be read and not written again; other kinds ended a run."""
-    from slipstream.engine.profile import Profile, ProfileError
+    from slipstream.engine.calibration.profile import Profile, ProfileError
 
     whole = Profile.from_bytes(profile_bytes(), "x")
     for odd in (None, "x", [], 10**400):

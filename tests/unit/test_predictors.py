@@ -8,10 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from slipstream.engine.history import History
+from slipstream.engine.forecast.history import History
+from slipstream.engine.forecast.predictors import LEBESGUE_LIMIT, Predictor, newton, taylorseer
+from slipstream.engine.forecast.schedules import AccumulatedChange, Drift, DriftBudget, Interval, Trace, span
 from slipstream.engine.metrics import psnr, relative_error, relative_l1, ssim
-from slipstream.engine.predictors import LEBESGUE_LIMIT, Predictor, newton, taylorseer
-from slipstream.engine.schedules import AccumulatedChange, Drift, DriftBudget, Interval, Trace, span
 from slipstream.kernels.reference import weighted_sum
 
 gaps = st.lists(st.floats(0.3, 3.0), min_size=3, max_size=5)

@@ -8,9 +8,9 @@ import struct
 import pytest
 import torch
 from safetensors.torch import save_file
-from slipstream.engine import profile as profiles
-from slipstream.engine.profile import KEY, Point, Profile, ProfileError
-from slipstream.engine.statistics import Statistics
+from slipstream.engine.calibration import profile as profiles
+from slipstream.engine.calibration.profile import KEY, Point, Profile, ProfileError
+from slipstream.engine.calibration.statistics import Statistics
 
 
 def example(steps: int = 10, keys=(0, 1, 2, 5, 9)) -> Profile:

@@ -9,9 +9,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from slipstream.engine.history import History, Storage
-from slipstream.engine.predictors import MAX_ORDER, RULES, Predictor, adams_bashforth, chebyshev, hermite, newton
-from slipstream.engine.schedules import (
+from slipstream.engine.forecast.history import History, Storage
+from slipstream.engine.forecast.predictors import (
+    MAX_ORDER,
+    RULES,
+    Predictor,
+    adams_bashforth,
+    chebyshev,
+    hermite,
+    newton,
+)
+from slipstream.engine.forecast.schedules import (
     BlockMask,
     ConfidenceGate,
     Drift,
@@ -25,7 +33,7 @@ from slipstream.engine.schedules import (
     power_grid,
     scaled_keys,
 )
-from slipstream.engine.token_select import candidates, choose, combine
+from slipstream.engine.forecast.token_select import candidates, choose, combine
 
 gaps = st.lists(st.floats(0.3, 3.0), min_size=3, max_size=5)
 polynomials = st.lists(st.floats(-2, 2), min_size=4, max_size=4)

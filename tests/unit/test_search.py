@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from slipstream.engine.choice import (
+from slipstream.engine.calibration.choice import (
     SCHEDULES,
     STRETCH,
     Search,
@@ -18,9 +18,7 @@ from slipstream.engine.choice import (
     gaussian_jacobians,
     interpolated,
 )
-from slipstream.engine.history import History
-from slipstream.engine.predictors import Predictor
-from slipstream.engine.search import (
+from slipstream.engine.calibration.search import (
     adjusted_sigmas,
     brute_force,
     by_threshold,
@@ -33,7 +31,9 @@ from slipstream.engine.search import (
     step_coefficients,
     uniform,
 )
-from slipstream.engine.statistics import Statistics
+from slipstream.engine.calibration.statistics import Statistics
+from slipstream.engine.forecast.history import History
+from slipstream.engine.forecast.predictors import Predictor
 
 PREDICTORS = [Predictor("reuse", 0), Predictor("newton", 1), Predictor("newton", 2), Predictor("taylorseer", 2)]
 

@@ -22,11 +22,17 @@ import torch
 from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 from shipped import ROOT, shipped
-from slipstream.host import profiles, pruned, quant_files, quant_load, remote, sharing, strip
-from slipstream.host.errors import SlipstreamError
-from slipstream.host.remote import Here, RemoteSegment, sample_latent
-from slipstream.host.remote_http import HOSTS_VARIABLE, TOKEN_VARIABLE
-from slipstream.host.remote_job import Part, RemoteModel
+from slipstream.engine.run.errors import SlipstreamError
+from slipstream.host.canvas import strip
+from slipstream.host.profiles import embedding as sharing
+from slipstream.host.profiles import folder as profiles
+from slipstream.host.quantise import load as quant_load
+from slipstream.host.quantise import save as quant_files
+from slipstream.host.remote import segment as remote
+from slipstream.host.remote.graph import Part, RemoteModel
+from slipstream.host.remote.http import HOSTS_VARIABLE, TOKEN_VARIABLE
+from slipstream.host.remote.segment import Here, RemoteSegment, sample_latent
+from slipstream.host.switch import pruned
 
 SOURCES = [name for name in shipped() if name.endswith(".py")]
 
@@ -39,8 +45,8 @@ FORBIDDEN = {
     "keyring",
 }  # fmt: skip
 ALLOWED = {
-    "host/remote_http.py": {"urllib", "http", "ssl"},  # the client of another ComfyUI server: allowed hosts only
-    "host/sharing.py": {"base64"},  # a profile inside a workflow's JSON
+    "host/remote/http.py": {"urllib", "http", "ssl"},  # the client of another ComfyUI server: allowed hosts only
+    "host/profiles/embedding.py": {"base64"},  # a profile inside a workflow's JSON
 }
 CALLS = {
     "eval", "exec", "compile", "__import__", "execfile", "input", "breakpoint", "system", "popen", "Popen", "execv",
@@ -436,7 +442,7 @@ def test_h78_a_server_that_repeats_the_token_gets_it_shown_nowhere(parrot, quick
 
 
 def test_an_endless_answer_ends_at_the_limit(quick):
-    from slipstream.host.remote_http import Connection, RemoteUnavailable, locate
+    from slipstream.host.remote.http import Connection, RemoteUnavailable, locate
 
     class Endless(BaseHTTPRequestHandler):
         def do_GET(self):

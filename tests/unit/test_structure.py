@@ -85,7 +85,7 @@ def test_the_registry_rules_hold(path):
             name = getattr(node.func, "id", getattr(node.func, "attr", ""))
             assert name not in ("eval", "exec", "system", "Popen", "print"), f"{path.name}:{node.lineno} {name}"
     banned = {"subprocess", "requests", "urllib", "pickle", "socket"}
-    if path.name == "remote_http.py":
+    if path.name == "http.py":
         banned -= {"urllib"}  # the one file that speaks to another server
     assert not banned & {name.split(".")[0] for name, own in imports(path) if not own}
     assert not re.search(r"torch\.load\(|/(?:home|root|tmp|usr)/", source)

@@ -95,7 +95,7 @@ def quantised(bench: Bench, name: str, wish: dict, caches: tuple[str, ...] = tup
     import comfy.model_management
 
     base, _, _ = model_of(bench)
-    from slipstream.host.quantise import QuantWish, quantise
+    from slipstream.host.quantise.quantise import QuantWish, quantise
     from slipstream.kernels import dispatch
 
     dispatch.reset()
@@ -112,8 +112,8 @@ def quantised(bench: Bench, name: str, wish: dict, caches: tuple[str, ...] = tup
 def steps(bench: Bench, model, name: str, caches: tuple[str, ...] = tuple(CACHES)) -> Iterator[dict]:
     """Rows of one model: the first run, then each cache, then where the card idles."""
     import torch
-    from slipstream.host.patcher import add_cache, add_predictor, plan_of
-    from slipstream.host.plan import CacheConfig, PredictorConfig
+    from slipstream.engine.run.plan import CacheConfig, PredictorConfig
+    from slipstream.host.model import add_cache, add_predictor, plan_of
 
     began = time.perf_counter()
     sample(bench, model, 1)
@@ -138,7 +138,7 @@ def steps(bench: Bench, model, name: str, caches: tuple[str, ...] = tuple(CACHES
 
 
 def told(plan) -> dict:
-    from slipstream.host import events
+    from slipstream.host.canvas import events
 
     return events.last_report(plan)
 

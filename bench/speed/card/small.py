@@ -26,9 +26,9 @@ def small_models(bench: Bench) -> Iterator[dict]:
     """PSNR of the final latent against the plain run on the same card: caches, and 4 bit on the Flux."""
     boot()
     from slipstream.demo import emoji
-    from slipstream.host.patcher import add_cache, add_predictor, plan_of
-    from slipstream.host.plan import CacheConfig, PredictorConfig
-    from slipstream.host.quantise import QuantWish, quantise
+    from slipstream.engine.run.plan import CacheConfig, PredictorConfig
+    from slipstream.host.model import add_cache, add_predictor, plan_of
+    from slipstream.host.quantise.quantise import QuantWish, quantise
     from slipstream.kernels import dispatch
 
     from .flux import told

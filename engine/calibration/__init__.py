@@ -1,0 +1,1 @@
+"""What a full run teaches: measured, searched, chosen, kept."""

@@ -1,0 +1,1 @@
+"""What error is taken back."""

@@ -1,0 +1,1 @@
+"""What fills a skipped evaluation, and when one may be skipped."""

@@ -1,0 +1,1 @@
+"""Where in a network something is taken: tensors in and out, no host."""

@@ -1,0 +1,65 @@
+"""One run of the network, as the inner sites see it, and the patched forwards through which they meet it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+Parts = tuple[Tensor, ...]
+
+
+class Call(Protocol):
+    """What a site keeps for one run of the network; made in APPLY_MODEL, dropped when that returns."""
+
+    def layer(self, name: tuple, original: Callable, args: tuple, kwargs: dict) -> Any:
+        """Stand in for the patched layer `name`: run `original(*args, **kwargs)`, or do without it."""
+
+
+# A context variable, because the host may run several networks in threads at once.
+CURRENT: ContextVar[Call | None] = ContextVar("slipstream_call", default=None)
+
+# Whose better weights this thread computes with, for an anchor; see `host/compensate/reference.py`.
+ASKING: ContextVar[object | None] = ContextVar("slipstream_asking", default=None)
+
+
+class PatchedForward:
+    """An object patch on the forward of a layer: the layer itself, unless a run of ours is active in this thread.
+
+    It holds no state, so it may stay on a patcher between runs and be shared by its clones.
+    """
+
+    def __init__(self, name: tuple, original: Callable):
+        self.name = name
+        self.original = original
+
+    def __call__(self, *args, **kwargs):
+        call = CURRENT.get()
+        if call is None:
+            return self.original(*args, **kwargs)
+        return call.layer(self.name, self.original, args, kwargs)
+
+    def __deepcopy__(self, memo) -> PatchedForward:
+        return self  # nothing in it may be copied: a copy of the bound forward would drag the model along
+
+
+def own_forwards(patcher, clone) -> None:
+    """ON_CLONE: where the clone has another network, for another card or a static load, its layers run, not ours.
+
+    What another pack has put there stays: only that pack knows how it follows a network.
+    """
+    if clone.model is patcher.model:
+        return
+    patches, clone.object_patches = clone.object_patches, {}
+    for key, patch in patches.items():
+        if isinstance(patch, PatchedForward) and isinstance(getattr(patch.original, "__self__", None), torch.nn.Module):
+            patch = PatchedForward(patch.name, clone.get_model_object(key))  # without patches: the network's own
+        clone.object_patches[key] = patch
+
+
+def split(parts: Parts, count: int, dim: int = 0) -> list[Parts]:
+    """Cut a batch of `count` conds into one tuple of tensors per cond."""
+    return list(zip(*(part.chunk(count, dim) for part in parts), strict=True))

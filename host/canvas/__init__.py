@@ -1,0 +1,1 @@
+"""What the canvas is told while a run goes on, and its colours."""

@@ -1,0 +1,1 @@
+"""The Report: runs beside the plain one, and their picture."""

@@ -1,0 +1,1 @@
+"""The Hybrid Model Switch and the pruned U-Nets it can take."""
