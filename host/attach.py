@@ -15,9 +15,9 @@ import torch
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 from torch import Tensor
 
+from ..engine.families import architecture_of
 from ..engine.forecast.history import parts_of
 from ..engine.forecast.schedules import Probe
-from ..engine.run.families import architecture_of
 from ..engine.run.recipe import MODEL_OUTPUT
 from ..engine.sites.calls import CURRENT, split
 from ..engine.sites.each_block import EachSite

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ..engine.run.errors import SlipstreamError
+from ..engine.errors import SlipstreamError
 
 # Marks that other caches leave in transformer_options or as wrapper keys -> the name their users know.
 MARKS = {

@@ -11,8 +11,8 @@ import torch
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 
 from ..engine.calibration.profile import Profile
-from ..engine.run.errors import SlipstreamError
-from ..engine.run.families import Architecture, architecture_of
+from ..engine.errors import SlipstreamError
+from ..engine.families import Architecture, architecture_of
 from ..engine.run.plan import (
     CacheConfig,
     CompensatorConfig,

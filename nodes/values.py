@@ -8,7 +8,7 @@ import numbers
 
 from comfy_api.latest import io
 
-from ..engine.run.errors import SlipstreamError
+from ..engine.errors import SlipstreamError
 
 # Lists of files: they grow after the host has asked for the node's schema, and each node says itself what is missing.
 FILES = ("profile", "calibration", "model_name", "unet_name")

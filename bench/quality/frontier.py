@@ -92,8 +92,8 @@ def measure(name: str, scheduler: str, pictures: int, runs: int) -> list[dict]:
     from slipstream.engine.calibration.choice import Search, evident
     from slipstream.engine.calibration.profile import Profile
     from slipstream.engine.calibration.search import adjusted_sigmas, step_coefficients
+    from slipstream.engine.families import architecture_of
     from slipstream.engine.metrics import psnr, relative_error
-    from slipstream.engine.run.families import architecture_of
     from slipstream.engine.run.plan import CacheConfig, PredictorConfig
     from slipstream.engine.run.recipe import MODEL_OUTPUT, described, resolve
     from slipstream.engine.run.samplers import sampler_traits
@@ -184,8 +184,8 @@ def blocks(label: str, scheduler: str, seen, unseen, truth, calibration) -> list
     import torch
     from slipstream.engine.calibration.ecad import cost_of, evolve, heuristics
     from slipstream.engine.calibration.profile import BLOCKS, Profile
+    from slipstream.engine.families import architecture_of
     from slipstream.engine.metrics import psnr, relative_error
-    from slipstream.engine.run.families import architecture_of
     from slipstream.engine.sites.stack import EACH, block_sizes
 
     network = seen.model.get_model_object("diffusion_model")

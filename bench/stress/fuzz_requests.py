@@ -218,7 +218,7 @@ def told(ask: Callable) -> Exception | None:
 
 
 def _ours(error: Exception) -> Exception:
-    from slipstream.engine.run.errors import SlipstreamError
+    from slipstream.engine.errors import SlipstreamError
     from slipstream.host.remote.http import NoAnswer
 
     if isinstance(error, SlipstreamError | NoAnswer):

@@ -65,7 +65,7 @@ def judge(case, verdicts: Verdicts, name: str, number: int) -> None:
 
 def not_a_sentence(error: Exception) -> str:
     """What is wrong with an error as an answer to bad input; empty where it is one sentence of ours."""
-    from slipstream.engine.run.errors import SlipstreamError, on_one_line
+    from slipstream.engine.errors import SlipstreamError, on_one_line
     from slipstream.host.remote.http import NoAnswer
 
     kind, words = type(error).__name__, str(error)

@@ -310,7 +310,7 @@ class Bench:
 
     def together(self, wrap: Callable, alone: list[float] | None) -> dict[str, str]:
         """H16: the peer's node and ours on one MODEL: refused by name, or as good as the worse of the two alone."""
-        from slipstream.engine.run.errors import SlipstreamError
+        from slipstream.engine.errors import SlipstreamError
 
         def our(model):
             return ours(model, **OURS["Cache Loader + Taylor Predictor"])

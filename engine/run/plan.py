@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ...host.memory import DEVICES
 from ..correction.correctors import METHODS as CORRECTORS
-from .errors import SlipstreamError
+from ..errors import SlipstreamError
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from ..calibration.profile import Profile, ProfileError
+from ..families import Architecture
 from ..forecast.predictors import HERMITE_SCALE, MAX_ORDER, Predictor
 from ..forecast.schedules import (
     AccumulatedChange,
@@ -25,7 +26,6 @@ from ..forecast.schedules import (
 )
 from ..sites.stack import EACH, FEATURES, STACK
 from ..sites.unet import DEPTH, ENCODER
-from .families import Architecture
 from .plan import KINDS, CacheConfig, Plan, PredictorConfig, check_cache
 from .samplers import Sampler
 

@@ -15,6 +15,7 @@ from ...host.canvas import events
 from ...host.memory import Memory
 from ..calibration.profile import Profile
 from ..calibration.recorder import Recorder
+from ..families import UNKNOWN, Architecture
 from ..forecast.history import History, Storage
 from ..forecast.predictors import SAME_TIME, Predictor
 from ..forecast.schedules import Drift, Interval, KeySteps, Magnitude, Probe, Trace, span
@@ -23,7 +24,6 @@ from ..metrics import worst_relative_l1
 from ..sites.calls import Parts
 from ..sites.stack import EACH, STACK
 from .account import Evaluation, report
-from .families import UNKNOWN, Architecture
 from .plan import Plan
 from .recipe import MAX_SKIP, MODEL_OUTPUT, resolve
 from .samplers import Clock, Sampler, active_conditioning

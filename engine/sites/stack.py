@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..families import Architecture, Stack
 from ..forecast.history import parts_of
 from ..forecast.schedules import Probe
-from ..run.families import Architecture, Stack
 from .calls import CURRENT, Parts, PatchedForward, split
 
 STACK = "block stack"

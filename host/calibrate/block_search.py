@@ -10,8 +10,8 @@ from torch import Tensor
 from ...engine.calibration.choice import Search
 from ...engine.calibration.ecad import Genome, evolve, missing
 from ...engine.calibration.profile import BLOCKS, Profile
+from ...engine.families import Architecture, architecture_of
 from ...engine.metrics import relative_error
-from ...engine.run.families import Architecture, architecture_of
 from ...engine.run.recipe import lacks
 from ...engine.sites.stack import EACH, block_sizes
 from ..profiles.folder import fingerprint

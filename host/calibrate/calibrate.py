@@ -14,9 +14,9 @@ from torch import Tensor
 from ...engine.calibration.choice import SCHEDULES, Candidate, Search, evident
 from ...engine.calibration.profile import Point, Profile
 from ...engine.calibration.search import adjusted_sigmas, step_coefficients
+from ...engine.errors import SlipstreamError
+from ...engine.families import architecture_of
 from ...engine.metrics import psnr, relative_error
-from ...engine.run.errors import SlipstreamError
-from ...engine.run.families import architecture_of
 from ...engine.run.plan import Plan
 from ...engine.run.recipe import Recipe, described, resolve
 from ...engine.run.samplers import sampler_traits

@@ -18,8 +18,8 @@ from ...engine.calibration.choice import SCHEDULES, gaussian_jacobians, interpol
 from ...engine.calibration.profile import Profile
 from ...engine.calibration.recorder import Activations, Recorder
 from ...engine.calibration.statistics import Statistics
-from ...engine.run.errors import SlipstreamError
-from ...engine.run.families import architecture_of
+from ...engine.errors import SlipstreamError
+from ...engine.families import architecture_of
 from ...engine.run.plan import CacheConfig, Plan, PredictorConfig
 from ...engine.run.samplers import sampler_traits
 from ..model import PROFILE, RECORDER, plan_of, with_plan

@@ -17,9 +17,9 @@ from ...engine.calibration.profile import Profile, ProfileError
 from ...engine.correction.anchors import DECAY, Carried, placed
 from ...engine.correction.corrections import Correction, correction_of
 from ...engine.correction.correctors import corrected
+from ...engine.errors import SlipstreamError
 from ...engine.forecast.predictors import SAME_TIME
 from ...engine.run.account import Evaluation
-from ...engine.run.errors import SlipstreamError
 from ...engine.run.plan import UNCACHED, CompensatorConfig, Plan
 from ...engine.run.samplers import Clock, Sampler
 from ...engine.sites.calls import ASKING

@@ -19,7 +19,7 @@ import folder_paths
 from aiohttp import web
 
 from ...engine.calibration.profile import BLOCKS, Profile, ProfileError
-from ...engine.run.errors import SlipstreamError
+from ...engine.errors import SlipstreamError
 from ..canvas import strip
 from ..canvas.events import server_of_host
 from . import folder as profiles

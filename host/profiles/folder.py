@@ -13,8 +13,8 @@ from pathlib import Path
 import folder_paths
 
 from ...engine.calibration.profile import Profile, ProfileError
+from ...engine.errors import SlipstreamError
 from ...engine.files import is_file_name
-from ...engine.run.errors import SlipstreamError
 
 FOLDER = "slipstream_profiles"
 USER_FOLDER = "__slipstream"  # of the user; the host serves no folder whose name starts with two underscores

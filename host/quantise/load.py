@@ -23,7 +23,7 @@ import torch
 from comfy.patcher_extension import CallbacksMP
 from torch import Tensor
 
-from ...engine.run.errors import SlipstreamError
+from ...engine.errors import SlipstreamError
 from ...quant import nunchaku
 from ...quant.files import QUANTISATION, Described, File
 from ...quant.formats import QuantisedLinear, QuantisedSplit, pack_int4, read_layer

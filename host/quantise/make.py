@@ -16,7 +16,7 @@ import torch
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 from torch import Tensor
 
-from ...engine.run.errors import SlipstreamError
+from ...engine.errors import SlipstreamError
 from ...quant import policy
 from ...quant.calibration import Statistics
 from ...quant.formats import FORMATS, GROUP_SIZE, QuantisedLinear

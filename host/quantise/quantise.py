@@ -35,7 +35,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from comfy.patcher_extension import CallbacksMP
 
-from ...engine.run.errors import SlipstreamError
+from ...engine.errors import SlipstreamError
 from ...quant.calibration import Statistics
 from ...quant.formats import FORMATS
 from ...quant.linear import W4A4Linear

@@ -26,8 +26,8 @@ import folder_paths
 import torch
 from torch import Tensor
 
+from ...engine.errors import SlipstreamError
 from ...engine.files import is_file_name
-from ...engine.run.errors import SlipstreamError
 from ...quant.files import Writer, quantisation
 from ...quant.formats import FORMATS, ROTATED, QuantisedLinear, QuantisedSplit, packed_bytes
 from ...quant.layer import METHODS, quantise_group, with_spec

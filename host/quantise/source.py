@@ -12,7 +12,7 @@ import comfy.model_detection
 import torch
 from torch import Tensor
 
-from ...engine.run.errors import SlipstreamError
+from ...engine.errors import SlipstreamError
 from ...quant.files import QUANTISATION, Described, File
 from ...quant.formats import description_of
 from .load import Weightless, build

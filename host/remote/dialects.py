@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from ...engine.run.errors import SlipstreamError
+from ...engine.errors import SlipstreamError
 from ..canvas.events import server_of_host
 from .http import NODE, Connection, NoAnswer, RemoteUnavailable, path_of, with_query
 

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from ...engine.run.errors import SlipstreamError
+from ...engine.errors import SlipstreamError
 from .http import NODE, NoAnswer
 
 SAVE = "save"

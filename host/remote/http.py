@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ...engine.run.errors import SlipstreamError
+from ...engine.errors import SlipstreamError
 from ..profiles.folder import USER_FOLDER
 
 NODE = "Hybrid Remote"

@@ -20,7 +20,7 @@ import comfy.samplers
 import torch
 from torch import Tensor
 
-from ...engine.run.errors import SlipstreamError
+from ...engine.errors import SlipstreamError
 from ...engine.run.samplers import sampler_traits
 from . import graph as job
 from .dialects import Gateway, Native, State, connect, patiently, pause, understood

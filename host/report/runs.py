@@ -15,7 +15,7 @@ import torch
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 from torch import Tensor
 
-from ...engine.run.errors import SlipstreamError
+from ...engine.errors import SlipstreamError
 from ...engine.run.samplers import sampler_traits
 from .. import attach as sites
 from ..calibrate.recording import Job

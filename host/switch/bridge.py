@@ -9,7 +9,7 @@ import comfy.model_sampling as sampling
 from comfy.model_patcher import ModelPatcher
 
 from ...engine.coordinates import FLOW, VARIANCE_EXPLODING, Coordinates, level_in
-from ...engine.run.errors import SlipstreamError
+from ...engine.errors import SlipstreamError
 from .segments import NODE
 
 # Kinds of prediction that go from one picture to another, or are scaled in a way of their own; hosts know some of them.

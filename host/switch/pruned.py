@@ -18,7 +18,7 @@ import folder_paths
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ...engine.run.errors import SlipstreamError
+from ...engine.errors import SlipstreamError
 from .bridge import name_of
 
 NODE = "Load Pruned UNet"

@@ -17,7 +17,7 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ...engine.coordinates import FLOW, Coordinates, level_in
-from ...engine.run.errors import SlipstreamError
+from ...engine.errors import SlipstreamError
 
 NODE = "Hybrid Model Switch"
 KEY = "slipstream_switch"

@@ -16,9 +16,9 @@ from scenes import controlled, guided, scheduled
 from slipstream.demo import emoji
 from slipstream.engine.calibration.profile import Profile
 from slipstream.engine.calibration.statistics import Statistics
+from slipstream.engine.errors import SlipstreamError
+from slipstream.engine.families import architecture_of
 from slipstream.engine.forecast.history import History
-from slipstream.engine.run.errors import SlipstreamError
-from slipstream.engine.run.families import architecture_of
 from slipstream.engine.run.plan import CacheConfig, PredictorConfig
 from slipstream.engine.run.run import Run
 from slipstream.engine.sites.each_block import EachCall, EachSite

@@ -16,7 +16,7 @@ from sampling import relative
 from scenes import guided, scheduled
 from slipstream.demo import emoji
 from slipstream.engine.correction.anchors import Carried
-from slipstream.engine.run.errors import SlipstreamError
+from slipstream.engine.errors import SlipstreamError
 from slipstream.engine.run.plan import ORIGINAL, UNCACHED, CompensatorConfig
 from slipstream.host.compensate.compensator import Compensator
 from slipstream.host.model import add_compensator

@@ -11,7 +11,7 @@ import torch
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from sampling import relative
 from slipstream.demo import emoji
-from slipstream.engine.run.errors import SlipstreamError
+from slipstream.engine.errors import SlipstreamError
 from slipstream.engine.run.plan import CacheConfig
 from slipstream.host import model as patcher
 from slipstream.host.calibrate.calibrate import calibrate

@@ -20,8 +20,8 @@ from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode
 from sampling import relative
 from scenes import predicting
 from slipstream.engine.correction.anchors import Carried
+from slipstream.engine.errors import SlipstreamError
 from slipstream.engine.forecast.history import History
-from slipstream.engine.run.errors import SlipstreamError
 from slipstream.engine.run.plan import KINDS, ORIGINAL, CacheConfig, CompensatorConfig, PredictorConfig
 from slipstream.engine.run.run import Run
 from slipstream.host.compensate.compensator import Compensator

@@ -15,8 +15,8 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from sampling import relative
 from slipstream.demo import emoji
+from slipstream.engine.errors import SlipstreamError
 from slipstream.engine.forecast.history import History
-from slipstream.engine.run.errors import SlipstreamError
 from slipstream.engine.run.plan import CacheConfig, PredictorConfig
 from slipstream.engine.run.run import Run
 from slipstream.host import attach as sites

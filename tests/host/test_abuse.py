@@ -14,8 +14,8 @@ import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule
+from slipstream.engine.errors import SlipstreamError
 from slipstream.engine.forecast.history import History
-from slipstream.engine.run.errors import SlipstreamError
 from slipstream.engine.run.plan import KINDS, METHODS, PRESETS, CacheConfig, CompensatorConfig, PredictorConfig
 from slipstream.engine.run.run import Run
 from slipstream.host.model import add_cache, add_compensator, add_predictor

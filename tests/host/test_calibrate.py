@@ -12,7 +12,7 @@ from sampling import relative
 from slipstream.demo import emoji
 from slipstream.engine.calibration.profile import Profile
 from slipstream.engine.calibration.search import uniform
-from slipstream.engine.run.errors import SlipstreamError
+from slipstream.engine.errors import SlipstreamError
 from slipstream.engine.run.plan import CacheConfig, PredictorConfig
 from slipstream.host import model as patcher
 from slipstream.host.calibrate.calibrate import calibrate

@@ -15,8 +15,8 @@ from slipstream.demo import emoji
 from slipstream.engine.calibration.profile import Profile
 from slipstream.engine.correction.anchors import placed
 from slipstream.engine.correction.corrections import THETA, as_extras, correction_of, merged, moments_of
+from slipstream.engine.errors import SlipstreamError
 from slipstream.engine.metrics import psnr
-from slipstream.engine.run.errors import SlipstreamError
 from slipstream.engine.run.plan import (
     LARGE_MODEL,
     ORIGINAL,

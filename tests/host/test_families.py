@@ -8,7 +8,7 @@ import families
 import pytest
 import torch
 from sampling import relative
-from slipstream.engine.run.families import ROWS, UNKNOWN, architecture_of
+from slipstream.engine.families import ROWS, UNKNOWN, architecture_of
 
 STEPS = 9  # one more than where at most one step is skipped
 

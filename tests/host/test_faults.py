@@ -24,9 +24,9 @@ from safetensors.torch import save_file
 from slipstream.demo import emoji
 from slipstream.engine.calibration import recorder as calibration
 from slipstream.engine.calibration.profile import Profile
+from slipstream.engine.errors import SlipstreamError
 from slipstream.engine.files import write_whole
 from slipstream.engine.forecast import history
-from slipstream.engine.run.errors import SlipstreamError
 from slipstream.engine.run.plan import CacheConfig, CompensatorConfig
 from slipstream.engine.run.run import Run
 from slipstream.host import model as patcher

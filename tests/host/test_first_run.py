@@ -12,8 +12,8 @@ import pytest
 import torch
 from sampling import relative
 from slipstream.demo import emoji
+from slipstream.engine.errors import SlipstreamError
 from slipstream.engine.metrics import psnr
-from slipstream.engine.run.errors import SlipstreamError
 from slipstream.host.quantise import first_run
 from slipstream.host.quantise import make as quant_layers
 from slipstream.host.quantise import quantise as quantising

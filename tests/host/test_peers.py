@@ -6,7 +6,7 @@ import json
 import sys
 
 import pytest
-from slipstream.engine.run.errors import SlipstreamError
+from slipstream.engine.errors import SlipstreamError
 
 from bench.survival import peer_checks, peers
 from bench.survival.peer_checks import Subject, examine

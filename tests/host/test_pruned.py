@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from sampling import random_weights, relative
 from slipstream.demo import emoji
-from slipstream.engine.run.errors import SlipstreamError
+from slipstream.engine.errors import SlipstreamError
 from slipstream.host.switch import pruned
 from slipstream.host.switch.segments import SwitchConfig
 from slipstream.host.switch.switch import add_switch

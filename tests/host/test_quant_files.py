@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from sampling import relative
 from slipstream.demo import emoji
-from slipstream.engine.run.errors import SlipstreamError
+from slipstream.engine.errors import SlipstreamError
 from slipstream.host.profiles import folder as profiles
 from slipstream.host.quantise import load as quant_load
 from slipstream.host.quantise import make as quant_layers

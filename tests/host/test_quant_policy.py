@@ -9,7 +9,7 @@ import comfy.sample
 import families
 import pytest
 import torch
-from slipstream.engine.run.families import ROWS as ARCHITECTURES
+from slipstream.engine.families import ROWS as ARCHITECTURES
 from slipstream.quant.policy import DEFAULT, Choice, Policy, Rule, plan, policy_for
 
 # Names that carry the time, the modulation, the embedding or the last layer, whatever the table says of them.

@@ -23,8 +23,8 @@ import torch
 from comfy.patcher_extension import CallbacksMP
 from sampling import relative
 from slipstream.demo import emoji
+from slipstream.engine.errors import SlipstreamError
 from slipstream.engine.metrics import psnr
-from slipstream.engine.run.errors import SlipstreamError
 from slipstream.host.calibrate.calibrate import calibrate
 from slipstream.host.calibrate.recording import Job, Wish
 from slipstream.host.profiles import folder as profiles

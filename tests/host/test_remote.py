@@ -30,7 +30,7 @@ import torch
 from faulty import Faulty, answer, cut, damage, drop_answer, drop_request, once, repeat, slow, swallow
 from safetensors.torch import load
 from slipstream.demo import emoji
-from slipstream.engine.run.errors import SlipstreamError
+from slipstream.engine.errors import SlipstreamError
 from slipstream.host.remote import dialects as remote_api
 from slipstream.host.remote import segment as remote
 from slipstream.host.remote.graph import Part, RemoteModel, parse_loras, recognise

@@ -16,7 +16,7 @@ import pytest
 import torch
 from sampling import Lab
 from slipstream.demo import emoji
-from slipstream.engine.run.errors import SlipstreamError
+from slipstream.engine.errors import SlipstreamError
 from slipstream.engine.run.plan import CacheConfig
 from slipstream.host import gauge
 from slipstream.host.canvas import events

@@ -18,7 +18,7 @@ from comfy_extras.nodes_perpneg import Guider_PerpNeg
 from sampling import UNET, build, random_weights, relative
 from slipstream.demo import emoji
 from slipstream.engine.coordinates import FLOW, VARIANCE_EXPLODING
-from slipstream.engine.run.errors import SlipstreamError
+from slipstream.engine.errors import SlipstreamError
 from slipstream.host.canvas import events
 from slipstream.host.quantise.quantise import QuantWish, quantise
 from slipstream.host.switch.segments import (

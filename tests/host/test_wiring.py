@@ -9,7 +9,7 @@ import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
 from sampling import relative
-from slipstream.engine.run.errors import SlipstreamError
+from slipstream.engine.errors import SlipstreamError
 from slipstream.engine.run.plan import CacheConfig, Plan, PredictorConfig
 from slipstream.host import attach as sites
 from slipstream.host import model as patcher

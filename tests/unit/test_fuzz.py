@@ -8,8 +8,8 @@ import math
 
 import pytest
 import torch
+from slipstream.engine.errors import HEAD, TAIL, SlipstreamError
 from slipstream.engine.run.account import _unexpected
-from slipstream.engine.run.errors import HEAD, TAIL, SlipstreamError
 from slipstream.host.remote.graph import parse_loras
 from slipstream.kernels.choices import Choices
 from slipstream.nodes import SlipstreamExtension

@@ -22,7 +22,7 @@ import torch
 from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 from shipped import ROOT, shipped
-from slipstream.engine.run.errors import SlipstreamError
+from slipstream.engine.errors import SlipstreamError
 from slipstream.host.canvas import strip
 from slipstream.host.profiles import embedding as sharing
 from slipstream.host.profiles import folder as profiles
