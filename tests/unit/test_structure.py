@@ -18,7 +18,7 @@ LAYERS = {
     "engine": {"kernels"},
     "quant": {"kernels"},
     "host": {"engine", "quant", "kernels"},
-    "nodes": {"host"},
+    "nodes": {"host", "engine"},
 }
 HOST_ALLOWED = {"host", "nodes"}
 HOST_MODULES = ("comfy", "comfy_api", "comfy_execution", "comfy_extras", "folder_paths", "nodes")
