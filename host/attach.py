@@ -1,10 +1,10 @@
 """Where a run meets the model, through the host's public wrappers.
 
-The blocks of a transformer and the inner parts of a U-Net have files of their own. The whole model's output has two
-levels. NETWORK is the raw output of the diffusion model; where a model's forward never calls the DIFFUSION_MODEL
-wrappers, SLOPE takes the same quantity from the next level up, (x - denoised) / sigma around APPLY_MODEL. Which of the
-two a model has is seen at the first computed evaluation, so no list of models can go stale. DENOISED is for samplers
-that add noise: there the prediction of the clean latent at equal state is the only thing that stays put.
+The levels inside a network have files of their own in the engine. The whole model's output has two. NETWORK is the raw
+output of the diffusion model; where a model's forward never calls the DIFFUSION_MODEL wrappers, SLOPE takes the same
+quantity from the next level up, (x - denoised) / sigma around APPLY_MODEL. Which of the two a model has is seen at the
+first computed evaluation, so no list of models can go stale. DENOISED is for samplers that add noise: there the
+prediction of the clean latent at equal state is the only thing that stays put.
 """
 
 from __future__ import annotations
@@ -18,17 +18,13 @@ from torch import Tensor
 from ..engine.families import architecture_of
 from ..engine.forecast.history import parts_of
 from ..engine.forecast.schedules import Probe
-from ..engine.run.recipe import MODEL_OUTPUT
 from ..engine.sites.calls import CURRENT, split
-from ..engine.sites.each_block import EachSite
-from ..engine.sites.stack import EACH, BlockCall, BlockSite
-from ..engine.sites.unet import DEPTH, ENCODER, EncoderCall, UNetSite, decode_ahead, inject_prior_noise, own_control
-
-KEY = "slipstream"
-
-NETWORK = "network output"
-SLOPE = "slope at the model boundary"
-DENOISED = "denoised prediction"
+from ..engine.sites.inner import INNER
+from ..engine.sites.levels import DENOISED, ENCODER, LEVELS, MODEL_OUTPUT, NETWORK, SLOPE
+from ..engine.sites.stack import BlockCall
+from ..engine.sites.unet import EncoderCall, decode_ahead, own_control
+from .parts import RUN
+from .prior_noise import inject_prior_noise
 
 
 def attach(run, guider, network) -> None:
@@ -43,25 +39,18 @@ def attach(run, guider, network) -> None:
         wrappers[WrappersMP.APPLY_MODEL] = lambda executor, *a, **k: _apply_model(run, executor, a, k)
         wrappers[WrappersMP.DIFFUSION_MODEL] = lambda executor, *a, **k: _diffusion_model(run, executor, a, k)
     else:
-        run.inner = _inner_site(run, network)
+        level, row = run.recipe.level, architecture_of(network)
+        run.inner = INNER[level].site(run, network, row, run.recipe.first, level)
         run.inner.attach(guider.model_options["transformer_options"])
         wrappers[WrappersMP.APPLY_MODEL] = lambda executor, *a, **k: _inner_call(run, executor, a, k)
-        if run.recipe.level in (DEPTH, ENCODER):
+        if LEVELS[level].unet:
             wrappers[WrappersMP.DIFFUSION_MODEL] = lambda executor, *a, **k: _unet(executor, a, k)
-        if run.recipe.level == ENCODER and run.cache.prior_noise:
+        if level == ENCODER and run.given.cache.prior_noise:
             wrappers[WrappersMP.SAMPLER_SAMPLE] = lambda executor, *a, **k: inject_prior_noise(run, executor, a, k)
     if run.compensator is not None:
         wrappers[WrappersMP.APPLY_MODEL] = run.compensator.within(wrappers[WrappersMP.APPLY_MODEL])
     for kind, wrapper in wrappers.items():
-        add_wrapper_with_key(kind, KEY, wrapper, guider.model_options, is_model_options=True)
-
-
-def _inner_site(run, network) -> BlockSite | UNetSite:
-    recipe = run.recipe
-    if recipe.level in (DEPTH, ENCODER):
-        return UNetSite(run, network, recipe.first, recipe.level)
-    kind = EachSite if recipe.level == EACH else BlockSite
-    return kind(run, network, architecture_of(network), recipe.first, recipe.level)
+        add_wrapper_with_key(kind, RUN, wrapper, guider.model_options, is_model_options=True)
 
 
 @contextmanager
@@ -71,7 +60,7 @@ def watching(run, network):
     A forward pre-hook, because it can neither change what runs nor stay behind on the patcher.
     """
     path = architecture_of(network).modulated
-    if run.probe != Probe.MODULATED or run.note or path is None:
+    if run.probe is not Probe.MODULATED or run.note or path is None:
         yield
         return
     handle = network.get_submodule(path).register_forward_pre_hook(_see_modulated)

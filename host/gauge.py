@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 
 import torch
 
 ON_CARD, IN_RAM = "GPU, allocated by torch", "RAM of the process"
 
+# The device types that work behind the CPU and count what torch allocates.
+CARDS = ("cuda", "xpu")
+
 # Seconds between two looks at the process's RAM; one look takes about 20 microseconds.
 INTERVAL = 0.01
+
+
+def clocked(device: torch.device) -> float:
+    """The time in seconds, with what was started on the device done, so that work is charged where it was asked for."""
+    if device.type in CARDS:
+        getattr(torch, device.type).synchronize(device)
+    return time.perf_counter()
 
 
 class Gauge:
@@ -22,7 +33,7 @@ class Gauge:
 
     def __init__(self, device: torch.device, watch_ram: bool = False):
         self._device = device
-        self._card = getattr(torch, device.type, None) if device.type in ("cuda", "xpu") else None
+        self._card = getattr(torch, device.type, None) if device.type in CARDS else None
         self._watch_ram = watch_ram and self._card is None
         self._most: int | None = None
         self._stop = threading.Event()

@@ -8,8 +8,7 @@ import comfy.model_management
 import torch
 
 from ..engine.forecast.history import Storage
-
-DEVICES = {"auto": None, "GPU": Storage.DEVICE, "RAM": Storage.RAM, "int8": Storage.INT8}
+from ..engine.run.plan import DEVICES
 
 # Without a budget of the user's own the history may take this share of what is free on the card.
 AUTOMATIC_SHARE = 0.25

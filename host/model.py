@@ -8,42 +8,33 @@ import logging
 import comfy.model_patcher
 import comfy.model_sampling
 import torch
-from comfy.patcher_extension import CallbacksMP, WrappersMP
+from comfy.patcher_extension import CallbacksMP
 
 from ..engine.calibration.profile import Profile
 from ..engine.errors import SlipstreamError
 from ..engine.families import Architecture, architecture_of
-from ..engine.run.plan import (
-    CacheConfig,
-    CompensatorConfig,
-    Plan,
-    PredictorConfig,
-    check_cache,
-    check_compensator,
-    check_predictor,
-)
+from ..engine.run.clock import Clock
+from ..engine.run.decide import why_nothing
+from ..engine.run.given import Given
+from ..engine.run.plan import CacheConfig, CompensatorConfig, Plan, PredictorConfig, check_cache
 from ..engine.run.recipe import described, lacks, level_of, resolve
 from ..engine.run.run import Run
-from ..engine.run.samplers import Clock, Sampler, sampler_traits
-from ..engine.sites import stack as blocks
-from ..engine.sites import unet
+from ..engine.run.samplers import Sampler, sampler_traits
 from ..engine.sites.calls import PatchedForward, own_forwards
-from ..engine.sites.stack import EACH, FEATURES, STACK, Blocks
-from ..engine.sites.unet import DEPTH, ENCODER
-from . import attach as sites
+from ..engine.sites.inner import INNER
+from ..engine.sites.stack import Blocks
 from .allocations import unrecorded
+from .attach import attach, watching
 from .canvas import events
 from .compensate.compensator import compensator_of
 from .conflicts import refuse_other_cache
 from .gauge import Gauge
+from .memory import Memory
+from .parts import FIT, PROFILE, RECORDER, RUN, part_of, put_on
 from .profiles import folder as profiles
 from .quantise.precision import precision_of
 
 log = logging.getLogger("slipstream")
-
-# The attachments under which a calibration hands its recorder, or a profile that is in no file, to the run; only on a
-# patcher of its own.
-RECORDER, PROFILE, FIT = "slipstream_recorder", "slipstream_profile", "slipstream_fit"
 
 # Under which the host keeps the model's copies on further cards (MultiGPU CFG Split).
 CARDS = "multigpu"
@@ -51,26 +42,23 @@ CARDS = "multigpu"
 # What a plan without cache and predictor runs with: everything is computed and counted.
 _NO_CACHE = check_cache(CacheConfig(preset="Off"))
 
-
 # With the profile `auto`: how much of the error expected of a profile's own steps each preset allows.
 RELAXED = {"Safe": 0.5, "Balanced": 1.0, "Fast": 2.0}
 
 
 def plan_of(model) -> Plan:
     """The plan on a ModelPatcher; an empty one where no Slipstream node was used."""
-    return model.get_attachment(sites.KEY) or Plan()
+    return model.get_attachment(RUN) or Plan()
 
 
 def with_plan(model, plan: Plan):
     """A clone of the ModelPatcher that carries this plan. The model given is left as it was."""
     clone = model.clone()
-    clone.set_attachments(sites.KEY, plan)
     for key, forward in _patched_forwards(clone, plan).items():
         clone.add_object_patch(key, forward)
-    clone.remove_callbacks_with_key(CallbacksMP.ON_CLONE, sites.KEY)
-    clone.add_callback_with_key(CallbacksMP.ON_CLONE, sites.KEY, own_forwards)
-    clone.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, sites.KEY)
-    clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, sites.KEY, sample_with_plan)
+    clone.remove_callbacks_with_key(CallbacksMP.ON_CLONE, RUN)
+    clone.add_callback_with_key(CallbacksMP.ON_CLONE, RUN, own_forwards)
+    put_on(clone, RUN, plan, sample_with_plan)
     return clone
 
 
@@ -112,38 +100,36 @@ def _patched_forwards(patcher, plan: Plan) -> dict[str, PatchedForward]:
     network = _network(patcher)
     row = architecture_of(network)
     level = level_of(plan.cache or CacheConfig(), plan.predictor, row, _profile(patcher, plan))
-    if lacks(level, row):
+    if lacks(level, row) or level not in INNER:
         return {}
-    if level in (DEPTH, ENCODER):
-        patches = unet.patched_forwards(patcher, network)
-    elif level in (STACK, FEATURES, EACH):
-        patches = blocks.patched_forwards(patcher, network, row)
-    else:
-        return {}
+    patches = INNER[level].patches(patcher, network, row)
     return {key: forward for key, forward in patches.items() if not isinstance(forward.original, PatchedForward)}
+
+
+def with_part(model, node: str, config: CacheConfig | PredictorConfig | CompensatorConfig):
+    """A clone of the model with this node's part added to its plan. Raises SlipstreamError."""
+    part, plan = part_of(config), plan_of(model)
+    assert part.check is not None
+    config = part.check(config)
+    if getattr(plan, part.entry) is not None:
+        raise SlipstreamError(f"{node}: this model already went through a {node}; remove one of the two.")
+    refuse_other_cache(node, model.model_options, model.wrappers)
+    return with_plan(model, dataclasses.replace(plan, **{part.entry: config}))
 
 
 def add_cache(model, config: CacheConfig):
     """A clone of the model with the Cache Loader's part added. Raises SlipstreamError."""
-    return _add(model, "Cache Loader", cache=check_cache(config))
+    return with_part(model, "Cache Loader", config)
 
 
 def add_predictor(model, config: PredictorConfig):
     """A clone of the model with the Taylor Predictor's part added. Raises SlipstreamError."""
-    return _add(model, "Taylor Predictor", predictor=check_predictor(config))
+    return with_part(model, "Taylor Predictor", config)
 
 
 def add_compensator(model, config: CompensatorConfig):
     """A clone of the model with the Error Compensator's part added. Raises SlipstreamError."""
-    return _add(model, "Error Compensator", compensator=check_compensator(config))
-
-
-def _add(model, node: str, **part):
-    plan = plan_of(model)
-    if any(getattr(plan, name) is not None for name in part):
-        raise SlipstreamError(f"{node}: this model already went through a {node}; remove one of the two.")
-    refuse_other_cache(node, model.model_options, model.wrappers)
-    return with_plan(model, dataclasses.replace(plan, **part))
+    return with_part(model, "Error Compensator", config)
 
 
 def sample_with_plan(executor, *args, **kwargs):
@@ -154,9 +140,9 @@ def sample_with_plan(executor, *args, **kwargs):
     try:
         guider.model_options = comfy.model_patcher.create_model_options_clone(original)
         network = _network(guider.model_patcher)
-        sites.attach(run, guider, network)
+        attach(run, guider, network)
         gauge = Gauge(guider.model_patcher.load_device)
-        with gauge, sites.watching(run, network), unrecorded(not run.steady):
+        with gauge, watching(run, network), unrecorded(not run.steady):
             result = executor(*args, **kwargs)
     except BaseException:
         log.info("Slipstream: stopped after %d evaluations", len(run.evaluations))
@@ -186,27 +172,30 @@ def open_run(guider, args: tuple, kwargs: dict) -> Run:
         plan = dataclasses.replace(plan, cache=_NO_CACHE)
     plan, profile = _decided(patcher, plan, traits, row, clock.sigmas)
     flow = isinstance(sampling, comfy.model_sampling.CONST)
-    run = Run(
-        plan,
-        clock,
-        traits,
-        sampling.percent_to_sigma,
-        type(patcher.model).__name__,
-        row,
-        lambda sigma: float(sampling.timestep(torch.tensor([sigma]))),
-        not flow,
-        profile,
-        "" if profile is None else profiles.fingerprint(patcher),
-        patcher.get_attachment(RECORDER),
-        len(Blocks(network, row)),
-    )
-    run.precision = precision_of(patcher)
-    if alone:
-        run.note = "there is no Cache Loader, so every step is computed"
-    elif run.schedule is not None and run.schedule.probe is not None and patcher.get_additional_models_with_key(CARDS):
-        run.note = run.note or (
-            f"nothing is skipped: the {run.recipe.method} lets one prompt decide for all, and on several GPUs the "
+    recipe = resolve(
+        plan, traits, row, clock.sigmas,
+        # A flow model's schedule already spends its steps where they count; a noise prediction's error is weighted.
+        weights=() if flow else clock.weights(),
+        profile=profile, model="" if profile is None else profiles.fingerprint(patcher),
+        blocks=len(Blocks(network, row)),
+    )  # fmt: skip
+    cache = recipe.cache
+    given = Given(
+        plan=plan, clock=clock, sampler=traits, recipe=recipe,
+        memory=Memory(cache.cache_device, cache.memory_budget_mb),
+        window=tuple(float(sampling.percent_to_sigma(p)) for p in (cache.start_percent, cache.end_percent)),
+        percent_to_sigma=sampling.percent_to_sigma,
+        timestep_of=lambda sigma: float(sampling.timestep(torch.tensor([sigma]))),
+        model=type(patcher.model).__name__, precision=precision_of(patcher),
+        expected_drift=None if profile is None else profile.about.get("predicted_drift"),
+        recorder=patcher.get_attachment(RECORDER),
+    )  # fmt: skip
+    note = "there is no Cache Loader, so every step is computed" if alone else why_nothing(given)
+    if not note and recipe.schedule.probe is not None and patcher.get_additional_models_with_key(CARDS):
+        note = (
+            f"nothing is skipped: the {recipe.method} lets one prompt decide for all, and on several GPUs the "
             "prompts are evaluated at the same time; choose the drift budget"
         )
+    run = Run(given, note, events.evaluation)
     run.compensator = compensator_of(plan, patcher, clock, traits, flow, profile, patcher.get_attachment(FIT))
     return run

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..engine.run.plan import METHODS, PRESETS, SITES, CacheConfig
-from ..host.memory import DEVICES
+from ..engine.run.plan import DEVICES, METHODS, PRESETS, SITES, CacheConfig
 from ..host.model import add_cache
 from ..host.profiles import folder as profiles
 from .schema import schema, widget

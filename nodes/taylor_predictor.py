@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..engine.run.plan import KINDS, PredictorConfig
+from ..engine.forecast.predictors import KINDS
+from ..engine.run.plan import PredictorConfig
 from ..host.model import add_predictor
 from .schema import schema, widget
 

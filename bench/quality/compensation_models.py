@@ -128,7 +128,8 @@ def cached(model, lab: Lab, order: int, computed: int = COMPUTED, more: Sequence
     from slipstream.engine.calibration.search import uniform
     from slipstream.engine.calibration.statistics import Statistics
     from slipstream.engine.run.plan import CacheConfig, PredictorConfig
-    from slipstream.host.model import PROFILE, add_cache, add_predictor
+    from slipstream.host.model import add_cache, add_predictor
+    from slipstream.host.parts import PROFILE
 
     if order:
         model = add_predictor(model, PredictorConfig("Taylor", order))

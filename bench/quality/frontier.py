@@ -95,11 +95,13 @@ def measure(name: str, scheduler: str, pictures: int, runs: int) -> list[dict]:
     from slipstream.engine.families import architecture_of
     from slipstream.engine.metrics import psnr, relative_error
     from slipstream.engine.run.plan import CacheConfig, PredictorConfig
-    from slipstream.engine.run.recipe import MODEL_OUTPUT, described, resolve
+    from slipstream.engine.run.recipe import described, resolve
     from slipstream.engine.run.samplers import sampler_traits
+    from slipstream.engine.sites.levels import MODEL_OUTPUT
     from slipstream.host.calibrate import recording as calibration
     from slipstream.host.canvas import events
-    from slipstream.host.model import PROFILE, add_cache, add_predictor, plan_of
+    from slipstream.host.model import add_cache, add_predictor, plan_of
+    from slipstream.host.parts import PROFILE
 
     torch.set_num_threads(1)
     base = emoji.load_flux() if name == "flux" else emoji.load_unet()
@@ -186,7 +188,8 @@ def blocks(label: str, scheduler: str, seen, unseen, truth, calibration) -> list
     from slipstream.engine.calibration.profile import BLOCKS, Profile
     from slipstream.engine.families import architecture_of
     from slipstream.engine.metrics import psnr, relative_error
-    from slipstream.engine.sites.stack import EACH, block_sizes
+    from slipstream.engine.sites.levels import EACH
+    from slipstream.engine.sites.stack import block_sizes
 
     network = seen.model.get_model_object("diffusion_model")
     sizes = block_sizes(network, architecture_of(network))

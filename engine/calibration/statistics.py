@@ -74,7 +74,7 @@ class Statistics:
 
 def weights_at(predictor: Predictor, times: Sequence[float], u: float) -> list[float]:
     """`predictor.weights`, remembered by differences of times where only those matter: a programme asks very often."""
-    if predictor.rule == "chebyshev":
+    if not predictor.shifted:
         return predictor.weights(times, u)[0]
     return list(_weights_by_distance(predictor, tuple(round(t - u, 9) for t in times)))
 

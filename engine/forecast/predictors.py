@@ -1,7 +1,7 @@
 """What fills a skipped evaluation: each predictor returns one weight per stored snapshot.
 
 A forecast is `sum_j w_j q_j` over raw snapshots q_j taken at times u_j, so a predictor needs only the times. `u` is the
-continuous step coordinate (`engine/run/samplers.py`): differences matter, its origin and unit do not.
+continuous step coordinate (`engine/run/clock.py`): differences matter, its origin and unit do not.
 """
 
 from __future__ import annotations
@@ -20,8 +20,6 @@ HERMITE_SCALE = math.sqrt(0.5)
 
 # Two times closer than this are one time: divided differences would divide by zero.
 SAME_TIME = 1e-4
-
-Rule = Callable[[Sequence[float], float, int], list[float]]
 
 
 def reuse(times: Sequence[float], u: float, order: int = 0) -> list[float]:
@@ -135,18 +133,59 @@ def _chebyshev_row(x: float, order: int) -> list[float]:
     return row[: order + 1]
 
 
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One way to forecast.
+
+    weights: (times, u, order, predictor) -> one weight per time, for 1 <= order <= most; kept, needed: snapshots that
+    are kept and that the first forecast needs, None: order + 1; shifted: whether only differences of times matter.
+    """
+
+    weights: Callable[[Sequence[float], float, int, Predictor], list[float]]
+    most: int
+    kept: int | None = None
+    needed: int | None = None
+    shifted: bool = True
+
+
 RULES: dict[str, Rule] = {
-    "reuse": reuse,
-    "newton": newton,
-    "taylorseer": taylorseer,
-    "hermite": hermite,
-    "adams_bashforth": adams_bashforth,
-    "chebyshev": chebyshev,
+    "reuse": Rule(lambda times, u, order, p: reuse(times, u), 0),
+    "newton": Rule(lambda times, u, order, p: newton(times, u, order), 3),
+    "taylorseer": Rule(lambda times, u, order, p: taylorseer(times, u, order), 3),
+    "hermite": Rule(lambda times, u, order, p: hermite(times, u, order, p.scale), 2),
+    "adams_bashforth": Rule(lambda times, u, order, p: adams_bashforth(times, u, order), 3),
+    # A fit over the whole schedule wants more snapshots than it has coefficients; two are a line.
+    "chebyshev": Rule(lambda times, u, order, p: chebyshev(times, u, order, p.steps), 4, 6, 2, shifted=False),
 }
 
-# Highest order each rule is defined for, and whether it looks at more snapshots than order + 1.
-MAX_ORDER = {"reuse": 0, "newton": 3, "taylorseer": 3, "hermite": 2, "adams_bashforth": 3, "chebyshev": 4}
-CHEBYSHEV_HISTORY = 6
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """One row of the Taylor Predictor's list: a rule and how it is used.
+
+    rule: a key of RULES; order: what automatic means; per_token: every token chooses for itself (`token_select.py`), so
+    the network needs tokens; residual: what the network added to its input is reused; first_order: serves samplers
+    that use the newest output only, once, at the model output.
+    """
+
+    rule: str
+    order: int = 1
+    per_token: bool = False
+    residual: bool = False
+    first_order: bool = False
+
+
+# In the order of the canvas. Orders: TAP publishes 2 and Spectrum 4; elsewhere 1 was best (`bench fidelity`).
+KINDS: dict[str, Kind] = {
+    "Taylor": Kind("newton"),
+    "TaylorSeer": Kind("taylorseer"),
+    "Reuse": Kind("reuse", 0),
+    "Residual reuse": Kind("reuse", 0, residual=True),
+    "Hermite": Kind("hermite"),
+    "Adams-Bashforth": Kind("adams_bashforth", first_order=True),
+    "Chebyshev": Kind("chebyshev", 4),
+    "Per token": Kind("taylorseer", 2, per_token=True),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,19 +205,17 @@ class Predictor:
     @property
     def anchors(self) -> int:
         """How many snapshots are kept; the full order needs order + 1 of them."""
-        return CHEBYSHEV_HISTORY if self.rule == "chebyshev" else self.order + 1
+        return RULES[self.rule].kept or self.order + 1
 
     @property
     def needed(self) -> int:
         """How many snapshots the first forecast needs."""
-        return 2 if self.rule == "chebyshev" else self.order + 1
+        return RULES[self.rule].needed or self.order + 1
 
-    def _weights(self, times: Sequence[float], u: float, order: int) -> list[float]:
-        if self.rule == "hermite":
-            return hermite(times, u, order, self.scale)
-        if self.rule == "chebyshev":
-            return chebyshev(times, u, order, self.steps)
-        return RULES[self.rule](times, u, order)
+    @property
+    def shifted(self) -> bool:
+        """Whether only differences of times matter."""
+        return RULES[self.rule].shifted
 
     def weights(self, times: Sequence[float], u: float) -> tuple[list[float], int]:
         """Return (one weight per time, order really used).
@@ -189,7 +226,7 @@ class Predictor:
         if not times:
             raise ValueError("a forecast needs at least one snapshot")
         for order in range(min(self.order, len(times) - 1), 0, -1):
-            weights = self._weights(times, u, order)
+            weights = RULES[self.rule].weights(times, u, order, self)
             if sum(abs(w) for w in weights) <= LEBESGUE_LIMIT:
                 return weights, order
         return reuse(times, u), 0

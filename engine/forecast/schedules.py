@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Protocol
 
 from .predictors import SAME_TIME
@@ -48,21 +49,7 @@ def span(times: Sequence[float], u: float, order: int) -> float:
     return math.prod(abs(u - t) for t in times[len(times) - order - 1 :])
 
 
-class Schedule(Protocol):
-    """`skip` says whether the evaluation at u may be filled by a forecast of this order.
-
-    needs_input_change: the run tracks how far the network's input moves. probe: what has to be looked at before the
-    decision stands (None: nothing), see `Probe`. spaced: the schedule chooses its own gaps, however long.
-    """
-
-    needs_input_change: bool
-    probe: str | None
-    spaced: bool
-
-    def skip(self, trace: Trace, u: float, order: int) -> bool: ...
-
-
-class Probe:
+class Probe(Enum):
     """What a gated schedule looks at, taken at the first block: a run hands its relative L1 change to `accept`."""
 
     RESIDUAL = "residual of the first block, against the last computed one"
@@ -71,24 +58,71 @@ class Probe:
     EMBEDDING = "time modulation of the first block, against the previous evaluation's"
 
 
+class Schedule(Protocol):
+    """`skip` says whether the evaluation at u may be filled by a forecast of this order.
+
+    needs_input_change: the run tracks how far the network's input moves. spaced: the schedule chooses its own gaps,
+    however long. certain: its answer depends on the times alone, so it is known before the evaluation comes. trusted:
+    it was solved for this very predictor, or forecasts nothing, so no warm-up is added to it. probe: what has to be
+    looked at before the decision stands, None: nothing; order: of the forecast that a probe is held against.
+    """
+
+    @property
+    def needs_input_change(self) -> bool: ...
+
+    @property
+    def spaced(self) -> bool: ...
+
+    @property
+    def certain(self) -> bool: ...
+
+    @property
+    def trusted(self) -> bool: ...
+
+    @property
+    def probe(self) -> Probe | None: ...
+
+    @property
+    def order(self) -> int: ...
+
+    def skip(self, trace: Trace, u: float, order: int) -> bool: ...
+
+    def accept(self, trace: Trace, change: float) -> bool:
+        """Whether a fill stands, given the relative L1 change of the probe."""
+
+
+class Usual:
+    """What most schedules answer."""
+
+    __slots__ = ()
+    needs_input_change: bool = False
+    spaced: bool = False
+    certain: bool = False
+    trusted: bool = False
+    probe: Probe | None = None
+    order: int = 0
+
+    def accept(self, trace: Trace, change: float) -> bool:
+        return True
+
+
 @dataclass(frozen=True, slots=True)
-class Interval:
+class Interval(Usual):
     """Compute when `every` steps have passed since the last computed evaluation (TaylorSeer, FORA, DeepCache).
 
     Counted in u, so a sampler that evaluates twice in a step keeps the same spacing.
     """
 
     every: float
-    needs_input_change: bool = False
-    probe: str | None = None
-    spaced: bool = True
+    spaced = True
+    certain = True
 
     def skip(self, trace: Trace, u: float, order: int) -> bool:
         return u - trace.times[-1] < self.every - SAME_TIME
 
 
 @dataclass(frozen=True, slots=True)
-class AccumulatedChange:
+class AccumulatedChange(Usual):
     """Compute when the output is expected to have changed by `threshold` since the last computed evaluation.
 
     The expected change is rate * movement of the input, summed over the evaluations since then (EasyCache,
@@ -96,16 +130,14 @@ class AccumulatedChange:
     """
 
     threshold: float
-    needs_input_change: bool = True
-    probe: str | None = None
-    spaced: bool = False
+    needs_input_change = True
 
     def skip(self, trace: Trace, u: float, order: int) -> bool:
         return trace.rate is not None and trace.rate * trace.moved < self.threshold
 
 
 @dataclass(frozen=True, slots=True)
-class DriftBudget:
+class DriftBudget(Usual):
     """Fill while the expected drift of the forecast stays within `budget` (relative L1).
 
     A polynomial forecast errs by c * span(u), with c the next derivative. c is taken from the measured drifts, the
@@ -115,9 +147,6 @@ class DriftBudget:
 
     budget: float
     weights: tuple[float, ...] = ()
-    needs_input_change: bool = False
-    probe: str | None = None
-    spaced: bool = False
 
     def expected(self, trace: Trace, u: float, order: int) -> float:
         """Expected drift of a forecast for u; infinite where nothing comparable was measured."""
@@ -133,7 +162,7 @@ class DriftBudget:
 
 
 @dataclass(frozen=True, slots=True)
-class KeySteps:
+class KeySteps(Usual):
     """Compute the listed steps and fill all others: a published list, a grid, a profile.
 
     keys: step numbers from 0; a sampler that evaluates between the steps computes the first evaluation at or after
@@ -141,17 +170,16 @@ class KeySteps:
     """
 
     keys: tuple[int, ...]
-    needs_input_change: bool = False
-    probe: str | None = None
-    spaced: bool = True
     trusted: bool = False
+    spaced = True
+    certain = True
 
     def skip(self, trace: Trace, u: float, order: int) -> bool:
         return not any(trace.times[-1] + SAME_TIME < key <= u + SAME_TIME for key in self.keys)
 
 
 @dataclass(frozen=True, slots=True)
-class BlockMask:
+class BlockMask(Usual):
     """Compute at every step the transformer blocks that a table names, and reuse the last computed residual of the
     others (ECAD, arXiv 2506.15682, at whole blocks).
 
@@ -161,10 +189,8 @@ class BlockMask:
     """
 
     rows: tuple[tuple[int, ...], ...]
-    needs_input_change: bool = False
-    probe: str | None = None
-    spaced: bool = True
-    trusted: bool = True
+    spaced = True
+    trusted = True
 
     @property
     def blocks(self) -> int:
@@ -220,7 +246,7 @@ def scaled_keys(keys: Sequence[int], length: int, steps: int) -> tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Magnitude:
+class Magnitude(Usual):
     """MagCache (NeurIPS 2025, arXiv 2506.09045): skip while the residual's magnitude is known to change little.
 
     ratios: calibrated `|r_i| / |r_{i-1}|` per step, already fitted to the run's step count; the product since the last
@@ -232,9 +258,8 @@ class Magnitude:
     ratios: tuple[float, ...]
     retention: float
     most: int
-    needs_input_change: bool = False
-    probe: str | None = None
-    spaced: bool = True
+    spaced = True
+    certain = True
 
     def skip(self, trace: Trace, u: float, order: int) -> bool:
         if u < self.retention * trace.steps:
@@ -254,19 +279,16 @@ def fitted_ratios(ratios: Sequence[float], steps: int) -> tuple[float, ...]:
 
 
 @dataclass(frozen=True, slots=True)
-class FirstBlockGate:
+class FirstBlockGate(Usual):
     """First-block cache (ParaAttention): fill while the first block's residual stays near the last computed one."""
 
     threshold: float
-    probe: str | None = Probe.RESIDUAL
-    needs_input_change: bool = False
-    spaced: bool = False
+    probe = Probe.RESIDUAL
 
     def skip(self, trace: Trace, u: float, order: int) -> bool:
         return True
 
     def accept(self, trace: Trace, change: float) -> bool:
-        """Whether a fill stands, given the relative L1 change of the probe."""
         return change < self.threshold
 
 
@@ -274,12 +296,12 @@ class FirstBlockGate:
 class ConfidenceGate(FirstBlockGate):
     """CG-Taylor (arXiv 2508.02240): fill while the first block's own forecast of `order` is near its true output."""
 
-    probe: str | None = Probe.FORECAST
     order: int = 1
+    probe = Probe.FORECAST
 
 
 @dataclass(frozen=True, slots=True)
-class ModulatedChange:
+class ModulatedChange(Usual):
     """TeaCache (CVPR 2025): fill while the rescaled change of the first block's modulated input adds up to little.
 
     coefficients: the model's published polynomial, highest power first.
@@ -287,9 +309,7 @@ class ModulatedChange:
 
     threshold: float
     coefficients: tuple[float, ...]
-    probe: str | None = Probe.MODULATED
-    needs_input_change: bool = False
-    spaced: bool = False
+    probe: Probe = Probe.MODULATED
 
     def skip(self, trace: Trace, u: float, order: int) -> bool:
         return True

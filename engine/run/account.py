@@ -5,62 +5,51 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from dataclasses import asdict
+from typing import Any, Protocol
 
-if TYPE_CHECKING:
-    from .run import Run
+from .evaluation import COMPUTED, FIRST, LAST, SCHEDULE, Evaluation
+from .given import Given
 
 # A drift that differs from a profile's by more than this factor is told.
 FAR_OFF = 2.0
 
 
-@dataclass(slots=True)
-class Evaluation:
-    """One (sigma, x) pair that the sampler asks for, and what became of it.
+class Accounted(Protocol):
+    """What the account needs of a run."""
 
-    action: computed, forecast or reused; share: of the network's work that was done, 1 where it was computed, 0 where
-    it was filled, and between where some of its blocks ran; drift: measured where computed, and there avoided, else
-    estimated from the next measurement; anchor: the reference was asked too; correction: its size relative to the
-    slope's, where there was one.
-    """
-
-    index: int
-    u: float
-    sigma: float
-    fill: bool
-    reason: str
-    action: str = ""
-    order: int = 0
-    drift: float | None = None
-    seconds: float = 0.0
-    share: float = 1.0
-    anchor: bool = False
-    correction: float | None = None
+    given: Given
+    evaluations: list[Evaluation]
+    compensator: Any
+    note: str
+    level: str | None
+    peak_bytes: int
+    started: float
 
 
-def report(run: Run) -> dict:
+def report(run: Accounted) -> dict:
     """Numbers of the run so far, plain JSON data.
 
     Drifts are those of the filled evaluations. Seconds saved are measured within the run: a fill costs what it
     took, not 0.
     """
+    given = run.given
     correction = None if run.compensator is None else run.compensator.words()
-    computed = [e for e in run.evaluations if e.action == "computed"]
-    filled = [e for e in run.evaluations if e.action != "computed"]
+    computed = [e for e in run.evaluations if e.action == COMPUTED]
+    filled = [e for e in run.evaluations if e.action != COMPUTED]
     drifts = [e.drift for e in filled if e.drift is not None]
     # The first evaluation carries one-time costs (loading, compiling), so it is left out where there are others.
     usual = computed[1:] or computed
     per_computed = sum(e.seconds for e in usual) / len(usual) if usual else 0.0
-    note = run.note or ("" if filled else _why_none(run.evaluations, run.recipe.method))
+    note = run.note or ("" if filled else _why_none(run.evaluations, given.recipe.method))
     if correction and not filled:  # then the node shows the note alone
         note, correction = f"{correction}; {note}", ""
     saved = sum(max(0.0, per_computed - e.seconds) for e in filled)
     return {
-        "model": run.label,
-        "precision": run.precision,
-        "sampler": run.sampler.name,
-        "steps": run.clock.steps,
+        "model": given.model,
+        "precision": given.precision,
+        "sampler": given.sampler.name,
+        "steps": given.clock.steps,
         "evaluations": len(run.evaluations),
         "computed": len(computed),
         "computed_share": sum(e.share for e in run.evaluations),
@@ -70,23 +59,23 @@ def report(run: Run) -> dict:
         "drift_mean": sum(drifts) / len(drifts) if drifts else None,
         "drift_max": max(drifts) if drifts else None,
         "cache_bytes": run.peak_bytes,
-        "cache_place": ", ".join(sorted(run.memory.places)),
+        "cache_place": ", ".join(sorted(given.memory.places)),
         "site": run.level,
-        "family": run.recipe.family,
-        "chose": "" if run.note else run.recipe.chose,
-        "remark": ", ".join(filter(None, (run.recipe.remark, _unexpected(run.expected_drift, drifts), correction))),
+        "family": given.recipe.family,
+        "chose": "" if run.note else given.recipe.chose,
+        "remark": ", ".join(filter(None, (given.recipe.remark, _unexpected(given.expected_drift, drifts), correction))),
         "note": note,
         "compensation": None if run.compensator is None else run.compensator.report(),
-        "plan": run.plan.as_json(),
+        "plan": given.plan.as_json(),
         "trace": [asdict(e) for e in run.evaluations],
     }
 
 
 def _why_none(evaluations: Sequence[Evaluation], method: str) -> str:
     """Why a run that might have skipped did not: the reason given most often, the unavoidable ones left out."""
-    given = Counter(e.reason for e in evaluations if e.reason not in ("first evaluations", "last step"))
+    given = Counter(e.reason for e in evaluations if e.reason not in (FIRST, LAST))
     reason = given.most_common(1)[0][0] if given else "too few steps"
-    if reason == "schedule":
+    if reason == SCHEDULE:
         reason = f"no evaluation was within the {method}"
         if method == "drift budget":
             reason += "; try the preset Fast, or Custom with a larger drift_budget"

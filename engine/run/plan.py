@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ...host.memory import DEVICES
 from ..correction.correctors import METHODS as CORRECTORS
 from ..errors import SlipstreamError
+from ..forecast.history import Storage
+from ..forecast.predictors import KINDS
+from ..sites.levels import OFFERED
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,9 +85,9 @@ class Plan:
         return {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
 
     @classmethod
-    def from_json(cls, data: dict) -> Plan:
-        """The inverse of `as_json`; unknown parts and values raise SlipstreamError."""
-        kinds = {"cache": CacheConfig, "predictor": PredictorConfig, "compensator": CompensatorConfig}
+    def from_json(cls, data: dict, kinds: Mapping[str, type]) -> Plan:
+        """The inverse of `as_json`. kinds: the class of each part by its name, see `host/parts.py`. Unknown parts and
+        values raise SlipstreamError."""
         try:
             return cls(**{key: kinds[key](**value) for key, value in data.items()})
         except (KeyError, TypeError) as error:
@@ -118,19 +121,10 @@ METHODS = (
     "modulated change",
     "magnitude",
 )
-SITES = ("auto", "model output", "block stack", "last block", "U-Net depth", "U-Net encoder")
+SITES = ("auto", *OFFERED)
 
-# What each kind is in the engine; per-token choice and the residual are ways to use a rule.
-KINDS = {
-    "Taylor": "newton",
-    "TaylorSeer": "taylorseer",
-    "Reuse": "reuse",
-    "Residual reuse": "reuse",
-    "Hermite": "hermite",
-    "Adams-Bashforth": "adams_bashforth",
-    "Chebyshev": "chebyshev",
-    "Per token": "taylorseer",
-}
+# Where snapshots are wished to lie; None leaves it to what is free.
+DEVICES = {"auto": None, "GPU": Storage.DEVICE, "RAM": Storage.RAM, "int8": Storage.INT8}
 
 
 def check_cache(config: CacheConfig) -> CacheConfig:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ..calibration.profile import Profile, ProfileError
 from ..families import Architecture
-from ..forecast.predictors import HERMITE_SCALE, MAX_ORDER, Predictor
+from ..forecast.predictors import HERMITE_SCALE, KINDS, RULES, Predictor
 from ..forecast.schedules import (
     AccumulatedChange,
     BlockMask,
@@ -24,19 +24,9 @@ from ..forecast.schedules import (
     power_grid,
     scaled_keys,
 )
-from ..sites.stack import EACH, FEATURES, STACK
-from ..sites.unet import DEPTH, ENCODER
-from .plan import KINDS, CacheConfig, Plan, PredictorConfig, check_cache
+from ..sites.levels import DEPTH, EACH, FEATURES, LEVELS, MODEL_OUTPUT, OFFERED, STACK
+from .plan import CacheConfig, Plan, PredictorConfig, check_cache
 from .samplers import Sampler
-
-MODEL_OUTPUT = "model output"
-LEVELS = {
-    "model output": MODEL_OUTPUT,
-    "block stack": STACK,
-    "last block": FEATURES,
-    "U-Net depth": DEPTH,
-    "U-Net encoder": ENCODER,
-}
 
 # Plain reuse errs the same way at every step it fills, so its errors add up: presets give it this share of the budget.
 # With it a Cache Loader alone is about as good as fewer steps at equal evaluations; with the whole budget it was worse.
@@ -79,8 +69,7 @@ class Recipe:
             return ""
         numbers = (getattr(self.schedule, name, None) for name in ("budget", "every", "threshold"))
         number = next((f" {value:g}" for value in numbers if value is not None), "")
-        depth = {DEPTH: f" {self.first}", STACK: f" from block {self.first}", FEATURES: f" from block {self.first}"}
-        return f"{self.level}{depth.get(self.level, '')}, {self.method}{number}, {what}"
+        return f"{self.level}{LEVELS[self.level].place.format(self.first)}, {self.method}{number}, {what}"
 
 
 def level_of(
@@ -88,26 +77,26 @@ def level_of(
 ) -> str:
     """The site that a plan and its profile mean on this family; a method's inner site only where the family has it."""
     if cache.site != "auto":
-        return LEVELS[cache.site]
+        return OFFERED[cache.site]
     if profile is not None and (profile.blocks is not None or profile.site == EACH):
         return EACH
-    if profile is not None and profile.site in LEVELS.values():
+    if profile is not None and profile.site in OFFERED.values():
         return profile.site
-    per_token = predictor is not None and predictor.kind == "Per token"
+    per_token = predictor is not None and KINDS[predictor.kind].per_token
     if row.unet and cache.method in ("power grid", "first-block gate", "confidence gate"):
         return DEPTH
     if row.stacks and (per_token or cache.method == "confidence gate"):
         return FEATURES
     if row.stacks and cache.method in ("first-block gate", "modulated change", "magnitude"):
         return STACK
-    return LEVELS[row.site]
+    return OFFERED[row.site]
 
 
 def lacks(level: str, row: Architecture) -> str:
     """Why this family has no such site; empty where it has."""
-    if level in (STACK, FEATURES, EACH) and not row.stacks:
+    if LEVELS[level].blocks and not row.stacks:
         return f"the site '{level}' needs a transformer that Slipstream knows, and this is a {row.name}"
-    if level in (DEPTH, ENCODER) and not row.unet:
+    if LEVELS[level].unet and not row.unet:
         return f"the site '{level}' needs a U-Net, and this is a {row.name}"
     return ""
 
@@ -137,7 +126,7 @@ def resolve(
     method = cache.method
     remark = ""
     if method == "auto":
-        method = "key steps" if level == ENCODER else row.method
+        method = LEVELS[level].method or row.method
     schedule, trouble = _schedule(method, cache, level, row, steps, weights)
     if profile is not None:
         method = f"profile {cache.profile.removesuffix('.safetensors')}"
@@ -154,10 +143,10 @@ def resolve(
     if level == MODEL_OUTPUT and row.name == "unknown model" and not remark:
         remark = "this model is not in Slipstream's table, so its whole output is cached"
     needs_block = predictor.per_token or (schedule is not None and schedule.probe is not None)
-    first = cache.depth if cache.depth >= 0 else {STACK: 1, FEATURES: int(needs_block)}.get(level, 0)
-    if needs_block and level in (STACK, FEATURES):
+    first = cache.depth if cache.depth >= 0 else LEVELS[level].first
+    if needs_block and LEVELS[level].tokens:
         first = max(first, 1)
-    residual = plan.predictor is not None and plan.predictor.kind == "Residual reuse" and not sampler.stochastic
+    residual = plan.predictor is not None and KINDS[plan.predictor.kind].residual and not sampler.stochastic
     return Recipe(
         level, first, schedule, predictor, cache, residual and level == MODEL_OUTPUT, refusal, remark, row.name,
         method, kind,
@@ -230,23 +219,23 @@ def _predictor(config: PredictorConfig | None, sampler: Sampler, level: str, ste
     Without a Taylor Predictor, and for samplers that add noise, plain reuse: with fresh noise between steps reuse beat
     every extrapolation tried (research on analytic flows, 8.7).
     """
-    if config is None or sampler.stochastic or level == EACH or config.kind == "Reuse" or config.order == 0:
-        return Predictor("reuse", 0), "reuse", ""
-    if config.kind == "Residual reuse":
-        return Predictor("reuse", 0), "residual reuse", ""
-    rule = KINDS[config.kind]
-    automatic = {"Per token": 2, "Chebyshev": 4}.get(config.kind, 1)
-    order = min(automatic if config.order < 0 else config.order, MAX_ORDER[rule])
+    reuse = Predictor("reuse", 0)
+    if config is None or sampler.stochastic or not LEVELS[level].forecast or config.order == 0:
+        return reuse, "reuse", ""
+    kind = KINDS[config.kind]
+    order = min(kind.order if config.order < 0 else config.order, RULES[kind.rule].most)
+    if not order:
+        return reuse, config.kind.lower(), ""
     trouble = ""
-    if config.kind == "Adams-Bashforth" and (not sampler.first_order or level != MODEL_OUTPUT):
+    if kind.first_order and (not sampler.first_order or level != MODEL_OUTPUT):
         trouble = (
-            f"Adams-Bashforth serves first-order samplers such as euler at the model output, not {sampler.name} at the "
+            f"{config.kind} serves first-order samplers such as euler at the model output, not {sampler.name} at the "
             f"{level}; choose Taylor"
         )
-    if config.kind == "Per token" and level not in (STACK, FEATURES):
+    if kind.per_token and not LEVELS[level].tokens:
         trouble = "the per-token predictor needs the blocks of a transformer; choose Taylor"
-    scale = config.scale if config.kind == "Hermite" else HERMITE_SCALE
-    return Predictor(rule, order, scale, steps, config.kind == "Per token"), config.kind, trouble
+    scale = config.scale if kind.rule == "hermite" else HERMITE_SCALE
+    return Predictor(kind.rule, order, scale, steps, kind.per_token), config.kind, trouble
 
 
 def _schedule(
@@ -255,7 +244,7 @@ def _schedule(
     """(schedule, why the family cannot be served by this method). None skips nothing."""
     if cache.drift_budget <= 0.0:
         return None, ""
-    published, inner = row.published, level in (STACK, FEATURES)
+    published, inner, gated = row.published, LEVELS[level].tokens, LEVELS[level].gated
     every = cache.max_skip + 1 if cache.max_skip else 0
     if method == "drift budget":
         return DriftBudget(cache.drift_budget, weights), ""
@@ -267,9 +256,9 @@ def _schedule(
         return KeySteps(_power_grid(steps, every or POWER_GRID_EVERY)), ""
     if method == "key steps":
         return KeySteps(scaled_keys(FASTER_DIFFUSION_KEYS, FASTER_DIFFUSION_STEPS, steps)), ""
-    if method == "first-block gate" and (inner or level == DEPTH):
+    if method == "first-block gate" and gated:
         return FirstBlockGate(cache.threshold or published.first_block), ""
-    if method == "confidence gate" and (inner or level == DEPTH):
+    if method == "confidence gate" and gated:
         threshold, order = published.confidence
         return ConfidenceGate(cache.threshold or threshold, order=order), ""
     if method == "modulated change" and inner and published.teacache is not None:

@@ -9,7 +9,67 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..forecast.schedules import Probe
+
 Parts = tuple[Tensor, ...]
+
+# What names a stream, see `engine/run/streams.py`; one call of the network has a key per conditioning in its batch.
+Key = tuple
+Keys = list[Key]
+
+
+class Asked(Protocol):
+    """What a site asks of its run. Tensors in Parts are per conditioning; what is handed out is read only.
+
+    note: why nothing is skipped, empty where it may be; probe: what has to be looked at first; several: whether the
+    sampler evaluates more than once a step.
+    """
+
+    note: str
+
+    @property
+    def probe(self) -> Probe | None: ...
+
+    @property
+    def several(self) -> bool: ...
+
+    @property
+    def blocks(self) -> AskedBlocks: ...
+
+    def refuse(self, why: str) -> None: ...
+
+    def fill(self, keys: Keys, probes: list[Parts] | None = None) -> list[Parts] | None: ...
+
+    def keep(
+        self,
+        keys: Keys,
+        chunks: list[Parts],
+        probes: list[Parts] | None = None,
+        base: list[Parts] | None = None,
+        owned: bool = False,
+    ) -> None: ...
+
+    def grid_step(self) -> int | None: ...
+
+    def certain_fills(self, step: int) -> list[int]: ...
+
+    def forecast_at(self, keys: Keys, u: float) -> list[Parts] | None: ...
+
+    def mark_filled(self, keys: Keys) -> bool: ...
+
+    def timestep(self, step: int) -> float: ...
+
+
+class AskedBlocks(Protocol):
+    """What a site that skips single blocks asks."""
+
+    def residuals(self, keys: Keys, block: int) -> list[Parts] | None: ...
+
+    def keeps(self, block: int) -> bool: ...
+
+    def keep(self, keys: Keys, block: int, chunks: list[Parts] | None) -> None: ...
+
+    def count(self, ran: bool) -> None: ...
 
 
 class Call(Protocol):

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from ..forecast.history import parts_of
-from .calls import Parts, split
-from .stack import BlockSite, read, read_second, result, result_second, stand_in
+from .calls import Keys, Parts, split
+from .stack import BlockSite
+from .streams import read, read_second, result, result_second, stand_in
 
 
 class EachSite(BlockSite):
@@ -23,14 +24,14 @@ class EachSite(BlockSite):
         super().__init__(*args)
         self.textless: set[int] = set()  # blocks that return no text: they read it only, or none is needed after them
 
-    def call(self, keys: list) -> EachCall:
+    def call(self, keys: Keys) -> EachCall:
         return EachCall(self, keys)
 
 
 class EachCall:
     """One run of the network through its blocks."""
 
-    def __init__(self, site: EachSite, keys: list):
+    def __init__(self, site: EachSite, keys: Keys):
         self.site = site
         self.keys = keys
         self.entered = False
@@ -50,12 +51,12 @@ class EachCall:
             self.keys = [(*key, *sizes) for key in self.keys]
         given = image if number in site.textless else (*image, *text)
         added = self._added(number, given)
-        run.count_block(ran=added is None)
+        run.blocks.count(ran=added is None)
         if added is not None:
             sums = tuple(t + residual for t, residual in zip(given, added, strict=True))
             return stand_in(stack, args, kwargs, sums[: len(image)], sums[len(image) :])
-        if not run.keeps(number):
-            run.keep_block(self.keys, number, None)
+        if not run.blocks.keeps(number):
+            run.blocks.keep(self.keys, number, None)
             return original(*args, **kwargs)
         before = tuple(t.detach().clone() for t in given)  # blocks and controls write into their input
         output = original(*args, **kwargs)
@@ -67,12 +68,12 @@ class EachCall:
             run.refuse(f"block {number} of this model does not return the streams that it is given")
             return output
         changes = tuple(t.detach() - b for t, b in zip((*now, *now_text), before, strict=True))
-        run.keep_block(self.keys, number, split(changes, len(self.keys), dim))
+        run.blocks.keep(self.keys, number, split(changes, len(self.keys), dim))
         return output
 
     def _added(self, number: int, given: Parts) -> Parts | None:
         """What the block added to the batch when it last ran; None where it has to run."""
-        chunks = self.site.run.residuals(self.keys, number)
+        chunks = self.site.run.blocks.residuals(self.keys, number)
         if chunks is None:
             return None
         columns = zip(*chunks, strict=True)

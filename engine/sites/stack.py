@@ -18,11 +18,9 @@ from torch import Tensor
 from ..families import Architecture, Stack
 from ..forecast.history import parts_of
 from ..forecast.schedules import Probe
-from .calls import CURRENT, Parts, PatchedForward, split
-
-STACK = "block stack"
-FEATURES = "last-block features"
-EACH = "each block"
+from .calls import CURRENT, Asked, Keys, Parts, PatchedForward, split
+from .levels import STACK
+from .streams import read, result, stand_in
 
 
 class Blocks:
@@ -73,7 +71,7 @@ def patched_forwards(patcher, network: torch.nn.Module, row: Architecture) -> di
 class BlockSite:
     """Blocks as seen by one run: which blocks always run, what is stored, and where the image tokens are."""
 
-    def __init__(self, run, network: torch.nn.Module, row: Architecture, first: int, level: str):
+    def __init__(self, run: Asked, network: torch.nn.Module, row: Architecture, first: int, level: str):
         self.run = run
         self.row = row
         self.blocks = Blocks(network, row)
@@ -92,7 +90,7 @@ class BlockSite:
                     key = (stack.key, index)
                     table[key] = _Replacement((path, index), table.get(key))
 
-    def call(self, keys: list) -> BlockCall:
+    def call(self, keys: Keys) -> BlockCall:
         return BlockCall(self, keys)
 
 
@@ -114,7 +112,7 @@ class _Replacement:
 class BlockCall:
     """One run of the network through its blocks."""
 
-    def __init__(self, site: BlockSite, keys: list):
+    def __init__(self, site: BlockSite, keys: Keys):
         self.site = site
         self.keys = keys
         self.tokens = 0  # image tokens in the stream
@@ -139,7 +137,7 @@ class BlockCall:
             # the token count may change in a run (keyframe masks, a prompt of another length): each has its history
             shape = [n for d, n in enumerate(stream[0].shape) if d != site.row.batch_dim]
             self.keys = [(*key, *shape) for key in self.keys]
-            if site.first and site.run.probe == Probe.RESIDUAL:
+            if site.first and site.run.probe is Probe.RESIDUAL:
                 self.entered = tuple(t.clone() for t in stream)
         image = self._image(stack, stream)
         if image is None:
@@ -187,13 +185,13 @@ class BlockCall:
     def _decide(self, image: Parts, args: tuple, kwargs: dict) -> None:
         run, dim = self.site.run, self.site.row.batch_dim
         probe = None
-        if run.probe == Probe.RESIDUAL and self.entered is not None:
+        if run.probe is Probe.RESIDUAL and self.entered is not None:
             probe = tuple(now - before for now, before in zip(image, self.entered, strict=True))
-        elif run.probe == Probe.FORECAST:
+        elif run.probe is Probe.FORECAST:
             probe = image
-        elif run.probe == Probe.MODULATED and self.modulated is not None:
+        elif run.probe is Probe.MODULATED and self.modulated is not None:
             probe = (self.modulated,)
-        elif run.probe == Probe.EMBEDDING:
+        elif run.probe is Probe.EMBEDDING:
             vec = args[0].get("vec") if args and isinstance(args[0], dict) else None
             probe = (vec,) if torch.is_tensor(vec) else None
         self.entered = None
@@ -234,51 +232,3 @@ class BlockCall:
         probes = None if self.probe is None else split(self.probe, count, dim)
         self.site.run.keep(self.keys, split(value, count, dim), probes, base, owned=True)
         self.base = self.probe = None
-
-
-def read(stack: Stack, args: tuple, kwargs: dict):
-    """The image stream among a block's arguments."""
-    if stack.key is not None:
-        return args[0]["img"]
-    return kwargs[stack.stream] if stack.stream in kwargs else args[0]
-
-
-def result(stack: Stack, output):
-    """The image stream in what a block returns."""
-    if stack.key is not None:
-        return output["img"]
-    return output[stack.image_at] if stack.second is not None and not torch.is_tensor(output) else output
-
-
-def read_second(stack: Stack, args: tuple, kwargs: dict):
-    """The other stream among a block's arguments, the text; None where it is given none."""
-    if stack.key is not None:
-        return args[0].get("txt")
-    if stack.second is None:
-        return None
-    return kwargs[stack.second] if stack.second in kwargs else args[1]
-
-
-def result_second(stack: Stack, output):
-    """The other stream in what a block returns; None where it returns none."""
-    if stack.key is not None:
-        return output.get("txt")
-    return None if stack.second is None or torch.is_tensor(output) else output[1 - stack.image_at]
-
-
-def stand_in(stack: Stack, args: tuple, kwargs: dict, stream: Parts, texts: Parts = ()):
-    """What a block that did not run returns: `stream` for the image, `texts` for the text, or that as it came."""
-    value = _like(read(stack, args, kwargs), stream)
-    second = read_second(stack, args, kwargs)
-    if texts:
-        second = _like(second, texts)
-    if stack.key is not None:
-        return {"img": value, **({"txt": second} if "txt" in args[0] else {})}
-    if stack.second is None:
-        return value
-    return (value, second) if stack.image_at == 0 else (second, value)
-
-
-def _like(given, parts: Parts):
-    """Tensors in the form in which a stream was given: alone, or in a tuple or list."""
-    return parts[0] if torch.is_tensor(given) else type(given)(parts)

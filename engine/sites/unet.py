@@ -13,17 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..families import Architecture
 from ..forecast.schedules import Probe
-from .calls import Parts, PatchedForward, split
-
-DEPTH = "U-Net depth"
-ENCODER = "U-Net encoder"
+from .calls import Asked, Keys, Parts, PatchedForward, split
+from .levels import DEPTH
 
 # Placeholders keep this much of height and width: packs that resize features must not get down to nothing.
 PLACEHOLDER = 8
-
-# Prior noise injection of Faster Diffusion (arXiv 2312.09608): strength, and the time from which it acts.
-PRIOR_NOISE, PRIOR_NOISE_FROM = 0.003, 0.5
 
 # Decoder steps run together at most: each needs all encoder features of its own.
 DECODED_AT_ONCE = 8
@@ -42,7 +38,7 @@ def _layers(network: torch.nn.Module) -> list[tuple[tuple, str]]:
     return found
 
 
-def patched_forwards(patcher, network: torch.nn.Module) -> dict[str, PatchedForward]:
+def patched_forwards(patcher, network: torch.nn.Module, row: Architecture) -> dict[str, PatchedForward]:
     """Object patches for all layers of a U-Net: {patcher key: forward}."""
     patches = {}
     for name, path in _layers(network):
@@ -54,7 +50,7 @@ def patched_forwards(patcher, network: torch.nn.Module) -> dict[str, PatchedForw
 class UNetSite:
     """A U-Net as seen by one run."""
 
-    def __init__(self, run, network: torch.nn.Module, depth: int, level: str):
+    def __init__(self, run: Asked, network: torch.nn.Module, row: Architecture, depth: int, level: str):
         self.run = run
         self.level = level
         self.blocks = len(network.output_blocks)
@@ -67,7 +63,7 @@ class UNetSite:
     def attach(self, options: dict) -> None:
         """Nothing to chain: the layers are met through their patched forwards."""
 
-    def call(self, keys: list) -> DepthCall | EncoderCall:
+    def call(self, keys: Keys) -> DepthCall | EncoderCall:
         return DepthCall(self, keys) if self.level == DEPTH else EncoderCall(self, keys)
 
 
@@ -107,7 +103,7 @@ def _mute(entries: list | None, keep_first_popped: int = 0, count: int | None = 
 class DepthCall:
     """DeepCache: input blocks 0..depth and the last depth + 1 output blocks run, the features between are cached."""
 
-    def __init__(self, site: UNetSite, keys: list):
+    def __init__(self, site: UNetSite, keys: Keys):
         self.site = site
         self.keys = keys
         self.control: dict | None = None
@@ -155,7 +151,7 @@ class DepthCall:
 class EncoderCall:
     """Faster Diffusion: the features of all input blocks and the middle block are cached, the decoder runs."""
 
-    def __init__(self, site: UNetSite, keys: list, filled: list[Parts] | None = None):
+    def __init__(self, site: UNetSite, keys: Keys, filled: list[Parts] | None = None):
         self.site = site
         self.keys = keys
         self.control: dict | None = None
@@ -190,12 +186,13 @@ class EncoderCall:
 def decode_ahead(call: EncoderCall, executor, args: tuple, kwargs: dict, options: dict) -> Tensor | None:
     """The output of a filled evaluation, decoded in one batch with those that are certain to be filled after it.
 
-    None where this evaluation is not a matter for it; then the network runs as usual. The decoder sees the noise level
-    but not the latent, so the evaluations until the next key step are independent of each other.
+    args, kwargs: of the network's forward, x and the timesteps [rows] first. None where this evaluation is not a matter
+    for it; then the network runs as usual. The decoder sees the noise level but not the latent, so the evaluations
+    until the next key step are independent of each other.
     """
     site, run = call.site, call.site.run
     step = run.grid_step()
-    if step is None or call.control is not None or run.sampler.evaluations > 1:
+    if step is None or call.control is not None or run.several:
         return None
     if options.get("patches") or options.get("patches_replace"):
         return None  # they may depend on the noise level, of which a batch has several
@@ -227,23 +224,3 @@ def _repeat(value, rows: int, times: int):
     if torch.is_tensor(value) and value.ndim and value.shape[0] == rows:
         return value.repeat(times, *[1] * (value.ndim - 1))
     return value
-
-
-def inject_prior_noise(run, executor, args: tuple, kwargs: dict):
-    """SAMPLER_SAMPLE wrapper: before every step in the later half of the times, add a little of the first noise.
-
-    The host shows the sampler's own latent in its callback, after the model and before the update; what is added there
-    is what the next step starts from.
-    """
-    callback, noise = args[3], args[4]
-    sigma_from = run.percent_to_sigma(PRIOR_NOISE_FROM)
-
-    def with_noise(step, denoised, x, total):
-        following = run.clock.sigmas[min(step + 1, run.clock.steps)]
-        if 0.0 < following <= sigma_from and x.shape == noise.shape:
-            # in variance-exploding coordinates x_T of the paper is noise * sqrt(1 + sigma^2)
-            x.add_(noise.to(x), alpha=PRIOR_NOISE * (1.0 + following**2) ** 0.5)
-        if callback is not None:
-            callback(step, denoised, x, total)
-
-    return executor(*args[:3], with_noise, *args[4:], **kwargs)

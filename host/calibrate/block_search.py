@@ -13,7 +13,8 @@ from ...engine.calibration.profile import BLOCKS, Profile
 from ...engine.families import Architecture, architecture_of
 from ...engine.metrics import relative_error
 from ...engine.run.recipe import lacks
-from ...engine.sites.stack import EACH, block_sizes
+from ...engine.sites.levels import EACH
+from ...engine.sites.stack import block_sizes
 from ..profiles.folder import fingerprint
 from .recording import Job, Progress, Recorded, Wish, about, following, size_of
 

@@ -38,7 +38,8 @@ from ...engine.metrics import psnr
 from ...engine.run.plan import LARGE_MODEL, UNCACHED, CompensatorConfig, Plan
 from ...engine.run.samplers import sampler_traits
 from ...quant.linear import W4A4Linear
-from ..model import FIT, plan_of, with_plan
+from ..model import plan_of, with_plan
+from ..parts import FIT
 from .recording import Job, Progress, following, silent
 
 # What `auto` tries (bench compensation: memory is what serves a cache, a cumulative target what serves rounding),

@@ -22,7 +22,8 @@ from ...engine.errors import SlipstreamError
 from ...engine.families import architecture_of
 from ...engine.run.plan import CacheConfig, Plan, PredictorConfig
 from ...engine.run.samplers import sampler_traits
-from ..model import PROFILE, RECORDER, plan_of, with_plan
+from ..model import plan_of, with_plan
+from ..parts import PROFILE, RECORDER
 from ..quantise.make import linears_of
 
 NODE = "Calibrate"

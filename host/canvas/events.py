@@ -6,6 +6,7 @@ import logging
 import sys
 import threading
 from collections import OrderedDict
+from dataclasses import dataclass
 
 from .strip import STRIPS
 
@@ -16,6 +17,13 @@ KEPT_REPORTS = 64
 
 _reports: OrderedDict[str, dict] = OrderedDict()
 _lock = threading.Lock()
+
+
+@dataclass(frozen=True, slots=True)
+class Nodes:
+    """Nodes of the canvas, where there is no plan that names them."""
+
+    node_ids: tuple[str, ...]
 
 
 def server_of_host():

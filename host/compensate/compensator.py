@@ -10,7 +10,6 @@ import dataclasses
 import time
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from ...engine.calibration.profile import Profile, ProfileError
@@ -19,10 +18,12 @@ from ...engine.correction.corrections import Correction, correction_of
 from ...engine.correction.correctors import corrected
 from ...engine.errors import SlipstreamError
 from ...engine.forecast.predictors import SAME_TIME
-from ...engine.run.account import Evaluation
+from ...engine.run.clock import Clock
+from ...engine.run.evaluation import Evaluation
 from ...engine.run.plan import UNCACHED, CompensatorConfig, Plan
-from ...engine.run.samplers import Clock, Sampler
+from ...engine.run.samplers import Sampler
 from ...engine.sites.calls import ASKING
+from ..gauge import clocked
 from ..profiles import folder as profiles
 from ..switch.segments import TURN
 from .reference import BetterWeights, Reference, reference_of
@@ -77,14 +78,14 @@ class Compensator:
         if x.shape != denoised.shape or float(args[1].reshape(-1)[0]) <= 0.0:
             return denoised
         asked = self._is_anchor(now)
-        began = _clocked(x.device) if asked else time.perf_counter()
+        began = clocked(x.device) if asked else time.perf_counter()
         if not asked and self.carried.residual is None and self.found is None and self.fit is None:
             return denoised
         slope = (x - denoised) / sigma
         strength, better = self.config.strength, slope
         if asked:
             true = self.ask(executor, args, kwargs, x, sigma)
-            ended = _clocked(x.device)
+            ended = clocked(x.device)
             self.anchor_seconds += ended - began
             began = ended
             self.carried.take(now.u, true - slope)
@@ -256,13 +257,6 @@ class Compensator:
         self._patcher = self.fit = None
         if self.reference is not None:
             self.reference.close()
-
-
-def _clocked(device: torch.device) -> float:
-    """The time, with what was started on the device done: an anchor is charged for its own work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def _age(evaluations: Sequence[Evaluation]) -> int:

@@ -17,14 +17,14 @@ import comfy.model_management
 import comfy.model_patcher
 import comfy.samplers
 import torch
-from comfy.patcher_extension import WrapperExecutor, WrappersMP
+from comfy.patcher_extension import WrapperExecutor
 from torch import Tensor
 
 from ...quant.calibration import Collector, Statistics, uniform_steps
 from ...quant.formats import FORMATS
-from .. import attach as sites
 from ..allocations import unrecorded
 from ..conflicts import MARKS
+from ..parts import RUN, put_on
 from .loras import NODE
 from .make import (
     KEY,
@@ -50,7 +50,7 @@ log = logging.getLogger("slipstream")
 TOKENS = 1024
 
 # Wrappers that the short run does without: our own and other step caches, and compiled networks, which skip hooks.
-LEFT_OUT = (sites.KEY, "torch.compile", *MARKS)
+LEFT_OUT = (RUN, "torch.compile", *MARKS)
 
 # The check of a whole first run: this share of the 4-bit layers is raised each time, at most so often.
 RAISED_SHARE, TRIES = 0.1, 3
@@ -201,10 +201,7 @@ class Pending:
 
     def put_on(self, patcher) -> None:
         """Let this patcher wait; ahead of all other wrappers, so that no cache's run is open when we measure."""
-        patcher.set_attachments(KEY, self)
-        others = patcher.wrappers.pop(WrappersMP.OUTER_SAMPLE, {})
-        patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, self.sample)
-        patcher.wrappers[WrappersMP.OUTER_SAMPLE].update({k: w for k, w in others.items() if k != KEY})
+        put_on(patcher, KEY, self, self.sample)
 
     def sample(self, executor, *args, **kwargs):
         """OUTER_SAMPLE wrapper: measures and quantises first, unless that is done; a run without steps does not count.

@@ -6,14 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import folder_paths
-from comfy.patcher_extension import WrappersMP
 
 from ...kernels import dispatch, implementations, lasting
 from ..allocations import outside
 from ..canvas.events import show
+from ..parts import KERNELS, put_on
 from ..profiles.folder import USER_FOLDER
-
-KEY = "slipstream_kernels"
 
 
 def keep_choices() -> None:
@@ -35,5 +33,4 @@ def tell_after_a_run(model, node_id: str, text: Callable[[object], str]) -> None
             found = dispatch.summary(patcher.load_device)
             show(node_id, f"{text(patcher)}\n{found}" if found else text(patcher))
 
-    model.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, KEY)
-    model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, sample)
+    put_on(model, KERNELS, sample=sample)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 
 import comfy.model_management
 import torch
-from comfy.patcher_extension import CallbacksMP, WrappersMP
+from comfy.patcher_extension import CallbacksMP
 from torch import Tensor
 
 from ...engine.errors import SlipstreamError
@@ -25,11 +25,12 @@ from ...quant.linear import W4A4Linear
 from ...quant.policy import Choice
 from ...quant.rotate import rotation_size
 from ..canvas.events import show
+from ..parts import QUANTISED as KEY
+from ..parts import put_on
 from . import nvfp4
 from .loras import NODE, PREFIX, give_loras, original
 from .modulation import outstanding, spans
 
-KEY = "slipstream_quantised"
 AUTO, FIRST_RUN = "auto", "first run"
 
 # Tokens that the quality guard measures a layer with: held out of a first run's, or normally distributed ones.
@@ -99,6 +100,17 @@ class Quantised:
     def __deepcopy__(self, memo: dict) -> Quantised:
         return self  # a copy of one layer is not to copy them all
 
+    def take_off(self, patcher) -> None:
+        """Put the network's own weights back where these layers are placed."""
+        size = patcher.model_size() + self.saved
+        for name in self.layers:
+            patcher.object_patches.pop(PREFIX + name, None)
+        patcher.size = size
+        # else the host would take the quantised layers that are loaded now for this patcher's weights
+        patcher.patches_uuid = uuid.uuid4()
+        for callback in (CallbacksMP.ON_LOAD, CallbacksMP.ON_CLONE):
+            patcher.remove_callbacks_with_key(callback, KEY)
+
     def own_layers(self, patcher, clone) -> None:
         """ON_CLONE: a clone with another network, for another card, gets copies of the layers; once per network."""
         if clone.model is patcher.model:
@@ -153,8 +165,7 @@ def place(patcher, found: Quantised) -> None:
     # of its own, or the host would take what is loaded now for this patcher's weights; the same for clones with the
     # same layers and LoRAs, which really have the same weights
     patcher.patches_uuid = uuid.uuid5(found.id, str(patcher.patches_uuid))
-    patcher.set_attachments(KEY, found)
-    patcher.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, KEY)
+    put_on(patcher, KEY, found)
     patcher.remove_callbacks_with_key(CallbacksMP.ON_LOAD, KEY)
     patcher.add_callback_with_key(CallbacksMP.ON_LOAD, KEY, give_loras)
     patcher.remove_callbacks_with_key(CallbacksMP.ON_CLONE, KEY)

@@ -6,25 +6,22 @@ import contextlib
 import dataclasses
 import math
 import time
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import comfy.samplers
 import torch
-from comfy.patcher_extension import CallbacksMP, WrappersMP
+from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ...engine.errors import SlipstreamError
 from ...engine.run.samplers import sampler_traits
-from .. import attach as sites
 from ..calibrate.recording import Job
 from ..canvas import events
-from ..gauge import Gauge
-from ..model import FIT, PROFILE, RECORDER, plan_of
-from ..quantise import kernels
-from ..quantise.loras import PREFIX, quantised_modules
-from ..quantise.quantise import KEY as QUANTISED
+from ..gauge import Gauge, clocked
+from ..model import plan_of
+from ..parts import QUANTISED, take_off
+from ..quantise.loras import quantised_modules
 from ..quantise.quantise import quantised
 from ..switch.bridge import name_of
 from ..switch.segments import Local, segments_of, without_switch
@@ -90,9 +87,7 @@ class Watch:
     def _sample(self, executor, *args, **kwargs):
         device = executor.class_obj.model_patcher.load_device
         result = executor(*args, **kwargs)
-        if device.type in ("cuda", "xpu"):
-            getattr(torch, device.type).synchronize(device)
-        self.total = time.perf_counter() - (self.started or time.perf_counter())
+        self.total = clocked(device) - (self.started or time.perf_counter())
         return result
 
     def _evaluation(self, executor, *args, **kwargs):
@@ -122,15 +117,10 @@ def of_run(name: str, latent: dict, run: dict | None) -> Taken:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Nodes:
-    node_ids: tuple[str, ...]
-
-
 def last_run(model) -> dict | None:
     """The report of this MODEL's last run; of one with a switch the switch's, which knows of all its models."""
     switches = (segment.node_id for segment in segments_of(model) if segment.node_id)
-    return events.last_report(_Nodes((*plan_of(model).node_ids, *switches)))
+    return events.last_report(events.Nodes((*plan_of(model).node_ids, *switches)))
 
 
 # -- the model without Slipstream ----------------------------------------------------------------------------------
@@ -173,20 +163,9 @@ def plain_of(model) -> Plain:
 
 
 def _switched_off(model):
-    """A clone without what our nodes put on it. Patched forwards may stay: without a run they are the layer itself."""
-    clone, found = model.clone(), quantised(model)
-    if found is not None and model.get_attachment(QUANTISED) is found:
-        size = model.model_size() + found.saved
-        for name in found.layers:
-            clone.object_patches.pop(PREFIX + name, None)
-        clone.size = size
-        # else the host would take the quantised layers that are loaded now for this patcher's weights
-        clone.patches_uuid = uuid.uuid4()
-        clone.remove_callbacks_with_key(CallbacksMP.ON_LOAD, QUANTISED)
-    for key in (sites.KEY, QUANTISED, RECORDER, PROFILE, FIT):
-        clone.remove_attachments(key)
-    for key in (sites.KEY, QUANTISED, kernels.KEY):
-        clone.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, key)
+    """A clone without what our nodes put on it."""
+    clone = model.clone()
+    take_off(clone)
     return clone
 
 

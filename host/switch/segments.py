@@ -13,14 +13,13 @@ from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 
-from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ...engine.coordinates import FLOW, Coordinates, level_in
 from ...engine.errors import SlipstreamError
+from ..parts import SWITCH, take_off
 
 NODE = "Hybrid Model Switch"
-KEY = "slipstream_switch"
 
 STEPS, SIGMA = "fraction of steps", "sigma"
 # Where Wan 2.2's low-noise expert takes over, as a flow's time (`boundary` of its two 14B configurations).
@@ -167,14 +166,13 @@ def check(config: SwitchConfig) -> SwitchConfig:
 
 def segments_of(model) -> tuple[Segment, ...]:
     """The segments on a ModelPatcher in the order they were added; itself alone where no switch node was used."""
-    return model.get_attachment(KEY) or (Segment(),)
+    return model.get_attachment(SWITCH) or (Segment(),)
 
 
 def without_switch(model):
     """A clone of the model as it was before any switch node."""
     clone = model.clone()
-    clone.remove_attachments(KEY)
-    clone.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, KEY)
+    take_off(clone, SWITCH)
     return clone
 
 

@@ -18,17 +18,18 @@ import torch
 from comfy.patcher_extension import WrappersMP
 
 from ...engine.coordinates import level_in
-from ...engine.run.account import Evaluation
-from ...engine.run.samplers import Clock, sampler_traits
+from ...engine.run.clock import Clock
+from ...engine.run.evaluation import Evaluation
+from ...engine.run.samplers import sampler_traits
 from ..allocations import unrecorded
 from ..canvas import events
-from ..gauge import Gauge
+from ..gauge import Gauge, clocked
+from ..parts import SWITCH, put_on
 from .bridge import RANGE, bridge, check_cfg, check_guider, check_latents, check_range, check_width, name_of
 from .segments import (
     A_FIRST,
     AUTO,
     KEEP,
-    KEY,
     SWAP,
     TURN,
     Boundary,
@@ -86,18 +87,10 @@ def _named(segments: tuple[Segment, ...], model) -> tuple[Segment, ...]:
 
 
 def with_segments(model, segments: tuple[Segment, ...]):
-    """A clone of the ModelPatcher that carries this list, its wrapper before those of other packs."""
+    """A clone of the ModelPatcher that carries this list."""
     clone = without_switch(model)
-    clone.set_attachments(KEY, segments)
-    clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, sample_switched)
-    _to_the_front(clone.wrappers[WrappersMP.OUTER_SAMPLE])
+    put_on(clone, SWITCH, segments, sample_switched)
     return clone
-
-
-def _to_the_front(wrappers: dict) -> None:
-    """Let our wrapper be called first: a cache that stands before it would answer for the other model."""
-    rest = {key: wrappers.pop(key) for key in list(wrappers) if key != KEY}
-    wrappers.update(rest)
 
 
 def sample_switched(executor, *args, **kwargs):
@@ -117,11 +110,6 @@ def sample_switched(executor, *args, **kwargs):
         run.close()
     events.finished(run, run.report() | gauge.reading())
     return result
-
-
-@dataclass(frozen=True, slots=True)
-class _Nodes:
-    node_ids: tuple[str, ...]
 
 
 @dataclass(slots=True)
@@ -151,7 +139,7 @@ class SwitchedRun:
         self.sampler = sampler_traits(kwargs["sampler"] if "sampler" in kwargs else args[2]).name
         self.noise_shape = (kwargs["noise"] if "noise" in kwargs else args[0]).shape
         segments = segments_of(self.base)
-        self.plan = _Nodes(tuple(dict.fromkeys(s.node_id for s in segments if s.node_id)))
+        self.plan = events.Nodes(tuple(dict.fromkeys(s.node_id for s in segments if s.node_id)))
         wanted = {s.memory for s in segments}
         self.memory = SWAP if SWAP in wanted else KEEP if KEEP in wanted else AUTO
         check_guider(guider)
@@ -209,9 +197,7 @@ class SwitchedRun:
         original = self.guider.model_options
         options = self.guider.model_options = comfy.model_patcher.create_model_options_clone(original)
         wrappers = options.setdefault("transformer_options", {}).setdefault("wrappers", {})
-        routing = wrappers.setdefault(WrappersMP.PREDICT_NOISE, {})
-        routing[KEY] = [self._predict]
-        _to_the_front(routing)
+        wrappers[WrappersMP.PREDICT_NOISE] = {SWITCH: [self._predict], **wrappers.get(WrappersMP.PREDICT_NOISE, {})}
         run_on = lambda: executor(*args, **kwargs)  # noqa: E731  the innermost of several
         for view in reversed(self.views):
             if view is not None:
@@ -301,21 +287,15 @@ class SwitchedRun:
             self.swaps += 1
         self.ready = True
         self._last = cost
-        self._entered = self._clocked(device)
+        self._entered = clocked(device)
         self.swap_seconds += self._entered - started
 
     def _settle(self, device: torch.device) -> float:
         """Close the account of the span that ends here; returns the time."""
-        now = self._clocked(device)
+        now = clocked(device)
         if self._last is not None:
             self._last.seconds += now - self._entered
         return now
-
-    @staticmethod
-    def _clocked(device: torch.device) -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)  # only where models change, so that each is charged for its own work
-        return time.perf_counter()
 
     def _load_all(self) -> None:
         """Have every model loaded before the first step, as far as they fit."""

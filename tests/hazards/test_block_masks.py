@@ -22,7 +22,8 @@ from slipstream.engine.forecast.history import History
 from slipstream.engine.run.plan import CacheConfig, PredictorConfig
 from slipstream.engine.run.run import Run
 from slipstream.engine.sites.each_block import EachCall, EachSite
-from slipstream.engine.sites.stack import EACH, Blocks, block_sizes
+from slipstream.engine.sites.levels import EACH
+from slipstream.engine.sites.stack import Blocks, block_sizes
 from slipstream.host import model as patcher
 from slipstream.host.canvas import events
 from slipstream.host.memory import Memory

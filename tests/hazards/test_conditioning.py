@@ -7,7 +7,7 @@ import torch
 from sampling import relative
 from scenes import guided, scheduled
 from slipstream.demo import emoji
-from slipstream.engine.run.samplers import active_conditioning
+from slipstream.engine.run.conditions import active_conditioning
 
 
 def test_h20_cfg_1_to_3_to_1(lab):

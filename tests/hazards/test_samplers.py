@@ -6,7 +6,8 @@ import comfy.samplers
 import pytest
 import torch
 from sampling import relative
-from slipstream.engine.run.samplers import Clock, sampler_traits
+from slipstream.engine.run.clock import Clock
+from slipstream.engine.run.samplers import sampler_traits
 
 TWO_EVALUATIONS = ["heun", "heunpp2", "dpm_2", "dpmpp_2s_ancestral", "dpmpp_sde", "seeds_2"]
 MULTISTEP = ["dpmpp_2m", "uni_pc", "uni_pc_bh2", "res_multistep", "er_sde", "lms", "ipndm", "ipndm_v", "deis"]

@@ -22,7 +22,8 @@ from scenes import predicting
 from slipstream.engine.correction.anchors import Carried
 from slipstream.engine.errors import SlipstreamError
 from slipstream.engine.forecast.history import History
-from slipstream.engine.run.plan import KINDS, ORIGINAL, CacheConfig, CompensatorConfig, PredictorConfig
+from slipstream.engine.forecast.predictors import KINDS
+from slipstream.engine.run.plan import ORIGINAL, CacheConfig, CompensatorConfig, PredictorConfig
 from slipstream.engine.run.run import Run
 from slipstream.host.compensate.compensator import Compensator
 from slipstream.host.model import add_cache, add_compensator, add_predictor

@@ -19,7 +19,6 @@ from slipstream.engine.errors import SlipstreamError
 from slipstream.engine.forecast.history import History
 from slipstream.engine.run.plan import CacheConfig, PredictorConfig
 from slipstream.engine.run.run import Run
-from slipstream.host import attach as sites
 from slipstream.host import model as patcher
 from stacks import in_order
 
@@ -108,7 +107,7 @@ def test_h06_a_run_that_cannot_be_attached_leaves_the_guider_as_it_was(lab, monk
     model = lab.every(lab.flux)
     guider = comfy.samplers.CFGGuider(model)
     guider.set_conds(emoji.conditioning("hamburger"), emoji.conditioning(""))
-    given, attach = [], sites.attach
+    given, attach = [], patcher.attach
 
     def failing(run, guider, network):
         attach(run, guider, network)
@@ -123,7 +122,7 @@ def test_h06_a_run_that_cannot_be_attached_leaves_the_guider_as_it_was(lab, monk
 
     model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, "another pack", before)
     model.wrappers[WrappersMP.OUTER_SAMPLE] = dict(reversed(model.wrappers[WrappersMP.OUTER_SAMPLE].items()))
-    monkeypatch.setattr(sites, "attach", failing)
+    monkeypatch.setattr(patcher, "attach", failing)
     latent, sigmas = lab.latent(model), torch.linspace(1, 0, 9)
     with pytest.raises(AttributeError, match="without blocks"), torch.inference_mode():
         guider.sample(latent, latent, comfy.samplers.sampler_object("euler"), sigmas, disable_pbar=True)

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule
 from slipstream.engine.errors import SlipstreamError
 from slipstream.engine.forecast.history import History
-from slipstream.engine.run.plan import KINDS, METHODS, PRESETS, CacheConfig, CompensatorConfig, PredictorConfig
+from slipstream.engine.forecast.predictors import KINDS
+from slipstream.engine.run.plan import METHODS, PRESETS, CacheConfig, CompensatorConfig, PredictorConfig
 from slipstream.engine.run.run import Run
 from slipstream.host.model import add_cache, add_compensator, add_predictor
 from slipstream.host.quantise.quantise import QuantWish, quantise

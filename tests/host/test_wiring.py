@@ -10,10 +10,14 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from sampling import relative
 from slipstream.engine.errors import SlipstreamError
+from slipstream.engine.families import UNKNOWN
 from slipstream.engine.run.plan import CacheConfig, Plan, PredictorConfig
-from slipstream.host import attach as sites
+from slipstream.engine.sites import levels
+from slipstream.host import attach
 from slipstream.host import model as patcher
 from slipstream.host.canvas import events
+from slipstream.host.memory import Memory
+from slipstream.host.parts import KINDS
 
 
 def lora(model, strength=1.0):
@@ -73,13 +77,13 @@ def test_inpainting_keeps_the_unmasked_region_exact(lab, name):
 
 
 def test_the_site_is_found_by_looking(lab):
-    for name, site in (("flux", sites.NETWORK), ("unet", sites.NETWORK), ("sd3", sites.SLOPE)):
+    for name, site in (("flux", levels.NETWORK), ("unet", levels.NETWORK), ("sd3", levels.SLOPE)):
         model = lab.every(getattr(lab, name))
         lab.sample(model)
         assert lab.report(model)["site"] == site
     model = lab.every(lab.flux, predictor=None)
     lab.sample(model, sampler="euler_ancestral")
-    assert lab.report(model)["site"] == sites.DENOISED
+    assert lab.report(model)["site"] == levels.DENOISED
 
 
 def test_forecasts_beat_reuse_and_fewer_steps(lab):
@@ -140,9 +144,9 @@ def test_bad_predictor_input(lab):
 
 def test_a_plan_survives_json():
     plan = Plan(CacheConfig("Fast", node_id="3"), PredictorConfig("Reuse"))
-    assert Plan.from_json(plan.as_json()) == plan
+    assert Plan.from_json(plan.as_json(), KINDS) == plan
     with pytest.raises(SlipstreamError, match="update the pack"):
-        Plan.from_json({"warp": {}})
+        Plan.from_json({"warp": {}}, KINDS)
 
 
 class FakeExecutor:
@@ -186,19 +190,31 @@ class ListModel:
             self.calls += 1
             return [t * float(transformer_options["sigmas"][0]) for t in inputs]
 
-        return sites._diffusion_model(self.run, network, (x, options), {})
+        return attach._diffusion_model(self.run, network, (x, options), {})
 
 
 def test_models_that_return_several_tensors():
+    from slipstream.engine.run.clock import Clock
+    from slipstream.engine.run.given import Given
     from slipstream.engine.run.plan import check_cache
+    from slipstream.engine.run.recipe import resolve
     from slipstream.engine.run.run import Run
-    from slipstream.engine.run.samplers import Clock, Sampler
+    from slipstream.engine.run.samplers import Sampler
 
-    cache = check_cache(CacheConfig("Custom", "interval", 1.0, max_skip=2))
-    sigmas = [1.0 - i / 12 for i in range(13)]
-    run = Run(
-        Plan(cache, PredictorConfig()), Clock(tuple(sigmas)), Sampler("euler"), lambda percent: 10.0 * (1 - percent)
+    plan = Plan(check_cache(CacheConfig("Custom", "interval", 1.0, max_skip=2)), PredictorConfig())
+    sigmas = tuple(1.0 - i / 12 for i in range(13))
+    sampler = Sampler("euler")
+    given = Given(
+        plan=plan,
+        clock=Clock(sigmas),
+        sampler=sampler,
+        recipe=resolve(plan, sampler, UNKNOWN, sigmas),
+        memory=Memory(),
+        window=(10.0, 0.0),
+        percent_to_sigma=lambda percent: 10.0 * (1 - percent),
+        timestep_of=lambda sigma: sigma,
     )
+    run = Run(given)
     model, x = ListModel(run), [torch.ones(2, 3, 4), torch.ones(2, 5)]
     for sigma in sigmas[:-1]:
         options = {"sigmas": torch.tensor([sigma]), "cond_or_uncond": [1, 0], "uuids": ["n", "p"]}

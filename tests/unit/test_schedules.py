@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from slipstream.engine.forecast.history import History, Storage
 from slipstream.engine.forecast.predictors import (
-    MAX_ORDER,
     RULES,
     Predictor,
     adams_bashforth,
@@ -98,7 +97,7 @@ def test_a_chebyshev_fit_without_ridge_is_the_interpolating_polynomial(steps, ah
 @given(gaps, st.floats(0.0, 9.0), st.sampled_from(sorted(RULES)), st.integers(0, 4))
 def test_h51_every_rule_lowers_its_order_by_itself(steps, ahead, rule, order):
     times = times_from(steps)
-    predictor = Predictor(rule, min(order, MAX_ORDER[rule]), steps=28)
+    predictor = Predictor(rule, min(order, RULES[rule].most), steps=28)
     for count in range(1, len(times) + 1):
         weights, used = predictor.weights(times[:count], times[count - 1] + ahead)
         assert len(weights) == count and used <= min(order, count - 1)
