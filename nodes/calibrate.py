@@ -7,11 +7,11 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..host.calibrate.calibrate import calibrate, summary
-from ..host.calibrate.recording import CHOICES, GOALS, Job, Wish
+from ..host.calibrate.job import CHOICES, GOALS, Job, Wish
+from ..host.canvas.colours import as_image
 from ..host.canvas.events import show
 from ..host.profiles.folder import save
 from ..host.report.frontier import draw
-from ..host.report.report import as_image
 from .schema import schema, widget
 
 

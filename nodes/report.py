@@ -6,7 +6,7 @@ import latent_preview
 from comfy_api.latest import io, ui
 
 from ..host.canvas.events import show
-from ..host.report.report import FLOORS, Given, make_report
+from ..host.report.report import FLOORS, Connected, make_report
 from ..host.report.runs import Sampling
 from .schema import schema, widget
 
@@ -95,7 +95,7 @@ class Report(io.ComfyNode):
         sampling = None
         if all(value is not None for value in (positive, sampler, sigmas, latent_image)):
             sampling = Sampling(positive, negative, cfg, sampler, sigmas, latent_image, sampler_seed, tell)
-        given = Given(samples, reference, model, reference_model, vae, sampling, floors)
+        given = Connected(samples, reference, model, reference_model, vae, sampling, floors)
         card, text, saved, sentence = make_report(given, filename_prefix)
         show(node, sentence)
         shown = ui.SavedImages([ui.SavedResult(saved.filename, saved.subfolder, io.FolderType.output)])

@@ -41,7 +41,7 @@ def lab_of(name: str, pictures: int) -> Lab:
     import comfy.samplers
     import torch
     from slipstream.demo import emoji
-    from slipstream.host.calibrate.recording import Job
+    from slipstream.host.calibrate.job import Job
 
     base = emoji.load_flux() if name == "flux" else quick_attention(emoji.load_unet())
     sampler = comfy.samplers.sampler_object("euler")

@@ -31,7 +31,7 @@ def make(name: str, scheduler: str) -> None:
     from slipstream.demo import emoji
     from slipstream.engine.run.plan import PredictorConfig
     from slipstream.host.calibrate.calibrate import calibrate, summary
-    from slipstream.host.calibrate.recording import Job, Wish
+    from slipstream.host.calibrate.job import Job, Wish
     from slipstream.host.model import add_predictor
 
     torch.set_num_threads(1)

@@ -16,7 +16,8 @@ from ...engine.run.recipe import lacks
 from ...engine.sites.levels import EACH
 from ...engine.sites.stack import block_sizes
 from ..profiles.folder import fingerprint
-from .recording import Job, Progress, Recorded, Wish, about, following, size_of
+from .job import Job, Progress, Wish
+from .recording import Recorded, about, following, size_of
 
 # The search needs a run to learn from and one to be chosen by; how many points of its front are sampled there, at most.
 FEWEST_RUNS, FRONT = 2, 8

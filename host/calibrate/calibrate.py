@@ -24,23 +24,8 @@ from ..model import plan_of
 from ..profiles.folder import fingerprint
 from .block_search import search_blocks, trouble
 from .fitting import with_correction
-from .recording import (
-    BEST,
-    CHOICES,
-    ECAD,
-    GOALS,
-    NODE,
-    STEP_COEFFICIENT,
-    Job,
-    Progress,
-    Wish,
-    about,
-    following,
-    growth_of,
-    record,
-    silent,
-    size_of,
-)
+from .job import BEST, CHOICES, ECAD, GOALS, NODE, STEP_COEFFICIENT, Job, Progress, Wish, silent
+from .recording import about, following, growth_of, record, size_of
 
 FEWEST_STEPS = 5
 

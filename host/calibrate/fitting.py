@@ -40,7 +40,8 @@ from ...engine.run.samplers import sampler_traits
 from ...quant.linear import W4A4Linear
 from ..model import plan_of, with_plan
 from ..parts import FIT
-from .recording import Job, Progress, following, silent
+from .job import Job, Progress, silent
+from .recording import following
 
 # What `auto` tries (bench compensation: memory is what serves a cache, a cumulative target what serves rounding),
 # and how much of a correction it tries beside the whole.

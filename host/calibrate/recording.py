@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import inspect
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import comfy.model_sampling
@@ -14,7 +12,7 @@ import comfy.sample
 import torch
 from torch import Tensor
 
-from ...engine.calibration.choice import SCHEDULES, gaussian_jacobians, interpolated
+from ...engine.calibration.choice import gaussian_jacobians, interpolated
 from ...engine.calibration.profile import Profile
 from ...engine.calibration.recorder import Activations, Recorder
 from ...engine.calibration.statistics import Statistics
@@ -25,68 +23,10 @@ from ...engine.run.samplers import sampler_traits
 from ..model import plan_of, with_plan
 from ..parts import PROFILE, RECORDER
 from ..quantise.make import linears_of
-
-NODE = "Calibrate"
-
-# What the goal is, and how the schedule is found; ERTACache's step coefficient changes the sigmas too.
-GOALS = ("speed-up", "max drift")
-BEST, STEP_COEFFICIENT, ECAD = "best", "ERTACache + step coefficient", "ECAD (blocks)"
-CHOICES = (BEST, *SCHEDULES, STEP_COEFFICIENT, ECAD)
+from .job import NODE, Job, Progress, Wish, silent
 
 # One more evaluation in so many measures how disturbances grow: a full run costs a tenth more with it.
 PROBE_EVERY = 10
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """One sampling as the user does it. runs: (positive conditioning, seed) of each calibration run."""
-
-    model: object
-    runs: tuple[tuple[list, int], ...]
-    negative: list
-    cfg: float
-    sampler: object
-    sigmas: Tensor
-    latent: dict
-
-    @property
-    def values(self) -> tuple[float, ...]:
-        """The sigmas as numbers, n + 1 for n steps."""
-        return tuple(float(s) for s in self.sigmas)
-
-    def sample(self, model, run: int, callback: Callable | None = None) -> Tensor:
-        """The final latent of one calibration run with this model."""
-        positive, seed = self.runs[run]
-        samples = starting_latent(model, self.latent)
-        noise = comfy.sample.prepare_noise(samples, seed, self.latent.get("batch_index"))
-        return comfy.sample.sample_custom(
-            model, noise, self.cfg, self.sampler, self.sigmas, positive, self.negative, samples,
-            noise_mask=self.latent.get("noise_mask"), callback=callback, disable_pbar=True, seed=seed,
-        )  # fmt: skip
-
-
-def starting_latent(model, latent: dict) -> Tensor:
-    """The samples of a LATENT as the host's sampler nodes start from them: an empty one is fitted to the model."""
-    fit = comfy.sample.fix_empty_latent_channels
-    known = inspect.signature(fit).parameters  # newer hosts are told how an empty latent was scaled down
-    told = {key: latent[key] for key in ("downscale_ratio_spacial", "downscale_ratio_temporal") if key in latent}
-    return fit(model, latent["samples"], **{key: value for key, value in told.items() if key in known})
-
-
-@dataclass(frozen=True, slots=True)
-class Wish:
-    """What the user wants. goal: of GOALS; speed_up: one step in so many is computed; max_drift: mean relative error
-    of the filled steps; schedule: of CHOICES; check: schedules that are really sampled before one is chosen, 0: none;
-    correction, activations: further statistics into the profile; ecad_runs: samplings of ECAD's search."""
-
-    goal: str = GOALS[0]
-    speed_up: float = 2.5
-    max_drift: float = 0.05
-    schedule: str = BEST
-    check: int = 4
-    correction: bool = False
-    activations: bool = False
-    ecad_runs: int = 200
 
 
 @dataclass(slots=True)
@@ -98,14 +38,6 @@ class Recorded:
     finals: list[Tensor]
     growth: dict[int, float]
     extras: dict[str, Tensor] = field(default_factory=dict)
-
-
-# Called with a sentence on what is going on, and for the callback of the sampling that follows.
-Progress = Callable[[str], Callable | None]
-
-
-def silent(sentence: str) -> None:
-    return None
 
 
 def record(job: Job, wish: Wish | None = None, progress: Progress = silent) -> Recorded:

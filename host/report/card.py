@@ -11,18 +11,7 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
-SMALL, REMOTE, ANCHOR = "small model", "remote", "anchor"
-WORDS = {SMALL: "by a small model", REMOTE: "on another server"}
-
-# Colours that colour-blind readers tell apart (Okabe and Ito; Tableau), one per thing that can become of an evaluation.
-COLOURS = {
-    "computed": "#0072B2", "forecast": "#E69F00", "reused": "#56B4E9", ANCHOR: "#009E73", REMOTE: "#D55E00",
-    SMALL: "#B07AA1",
-}  # fmt: skip
-OTHER = "#999999"
+from ..canvas.colours import ANCHOR, COLOURS, OTHER
 
 # Inches; at 100 dots per inch the card is 1200 pixels wide.
 WIDTH, MARGIN, GAP, DPI = 12.0, 0.4, 0.16, 100
@@ -40,16 +29,6 @@ class Tile:
 
     name: str
     picture: object
-
-
-def as_image(png: bytes) -> Tensor:
-    """A PNG file's content as the host's IMAGE, [1, H, W, 3] in [0, 1]."""
-    import numpy as np
-    from PIL import Image
-
-    with Image.open(io.BytesIO(png)) as picture:
-        pixels = np.asarray(picture.convert("RGB"), dtype=np.float32) / 255.0
-    return torch.from_numpy(pixels)[None]
 
 
 def marks(run: dict) -> dict[str, int]:

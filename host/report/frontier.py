@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 
 from ...engine.calibration.profile import Profile
-from .report import COLOURS
+from ..canvas.colours import COLOURS
 
 CHOSEN, OTHER = "#D55E00", "#999999"
 

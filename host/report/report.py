@@ -19,24 +19,13 @@ from torch import Tensor
 from ...engine.errors import SlipstreamError
 from ...engine.files import write_whole
 from ...engine.metrics import psnr, relative_error, ssim
-from ..calibrate.recording import starting_latent
+from ..calibrate.job import starting_latent
+from ..canvas.colours import REMOTE, SMALL, WORDS, as_image
 from ..switch.segments import segments_of
-from .card import COLOURS, OTHER, REMOTE, SMALL, WORDS, Tile, as_image, draw, marks
-from .runs import (
-    NODE,
-    Plain,
-    Sampling,
-    Taken,
-    check_same,
-    equal_cost,
-    fewer_sigmas,
-    last_run,
-    of_run,
-    plain_of,
-    weights,
-)
-
-__all__ = ["COLOURS", "FLOORS", "OTHER", "Saved", "as_image", "draw", "last_run", "make_report", "marks", "verdict"]
+from .card import Tile, draw, marks
+from .fewer import equal_cost, fewer_sigmas
+from .plain import Plain, plain_of, weights
+from .runs import NODE, Sampling, Taken, check_same, last_run, of_run
 
 AUTO, NONE, FEWER, BOTH = FLOORS = ("auto", "none", "fewer steps", "fewer steps and another seed")
 
@@ -61,7 +50,7 @@ class Saved:
 
 
 @dataclass(frozen=True, slots=True)
-class Given:
+class Connected:
     """What is connected to the node. Each may be None; `sampling` is what it needs to sample by itself."""
 
     samples: dict | None = None
@@ -73,7 +62,7 @@ class Given:
     floors: str = AUTO
 
 
-def make_report(given: Given, prefix: str) -> tuple[Tensor, str, Saved, str]:
+def make_report(given: Connected, prefix: str) -> tuple[Tensor, str, Saved, str]:
     """Return (card [1, H, W, 3] in [0, 1], JSON text, where the card lies, the verdict); card and JSON are also saved.
 
     What is not connected is sampled. Raises SlipstreamError, and the host's own exception when the user cancels;
@@ -105,7 +94,7 @@ def make_report(given: Given, prefix: str) -> tuple[Tensor, str, Saved, str]:
     return *_save(numbers, tiles, text, prefix), numbers["verdict"]
 
 
-def check(given: Given) -> None:
+def check(given: Connected) -> None:
     """Raise SlipstreamError where something is missing."""
     if given.floors not in FLOORS:
         raise SlipstreamError(f"{NODE}: there is no floor '{given.floors}'; choose one of {', '.join(FLOORS)}.")
@@ -141,7 +130,7 @@ def _check_size(fast: Taken, sampling: Sampling, off: Plain) -> None:
         )
 
 
-def _check_shapes(fast: Taken, plain: Taken, given: Given) -> None:
+def _check_shapes(fast: Taken, plain: Taken, given: Connected) -> None:
     value, truth = fast.latent["samples"], plain.latent["samples"]
     if value.shape != truth.shape:
         raise SlipstreamError(
@@ -153,7 +142,7 @@ def _check_shapes(fast: Taken, plain: Taken, given: Given) -> None:
 # -- the floors ------------------------------------------------------------------------------------------------------
 
 
-def _floors(given: Given, fast: Taken, plain: Taken, off: Plain, remarks: list[str]) -> list[Taken]:
+def _floors(given: Connected, fast: Taken, plain: Taken, off: Plain, remarks: list[str]) -> list[Taken]:
     """The floors that were asked for and can be had; why one cannot goes into the remarks."""
     found, sampling = [], given.sampling
     if given.floors == NONE or not _is_finite(fast.latent) or not _is_finite(plain.latent):
@@ -174,7 +163,7 @@ def _floors(given: Given, fast: Taken, plain: Taken, off: Plain, remarks: list[s
     return found
 
 
-def _by_time(given: Given, off: Plain) -> bool:
+def _by_time(given: Connected, off: Plain) -> bool:
     """Whether an evaluation of the accelerated run is another thing than one of the plain run."""
     if given.model is None:
         return False
@@ -232,7 +221,7 @@ def _row(result: Taken) -> dict:
     }
 
 
-def _numbers(given: Given, fast: Taken, plain: Taken, rows: list[dict], remarks: list[str]) -> dict:
+def _numbers(given: Connected, fast: Taken, plain: Taken, rows: list[dict], remarks: list[str]) -> dict:
     first = rows[0]
     speed_up = fast.steady and plain.steady and plain.steady / fast.steady
     for row, result in zip(rows[:2], (fast, plain), strict=True):

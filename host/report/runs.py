@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import comfy.samplers
-import torch
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ...engine.errors import SlipstreamError
 from ...engine.run.samplers import sampler_traits
-from ..calibrate.recording import Job
+from ..calibrate.job import Job
 from ..canvas import events
 from ..gauge import Gauge, clocked
 from ..model import plan_of
-from ..parts import QUANTISED, take_off
-from ..quantise.loras import quantised_modules
-from ..quantise.quantise import quantised
-from ..switch.bridge import name_of
-from ..switch.segments import Local, segments_of, without_switch
-from ..switch.switch import SMALLER, with_segments
+from ..switch.segments import Local, segments_of
+from ..switch.switch import with_segments
+from .plain import Plain
 
 NODE = "Speed & Quality Report"
 KEY = "slipstream_watch"
@@ -126,65 +119,6 @@ def last_run(model) -> dict | None:
 # -- the model without Slipstream ----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Plain:
-    """A model with every part of Slipstream off, and the conditioning and cfg that it wants instead of the sampler's.
-
-    what: why it is not simply the model, for the report; empty where it is.
-    """
-
-    model: object
-    positive: list | None = None
-    negative: list | None = None
-    cfg: float = 0.0
-    what: str = ""
-
-
-def plain_of(model) -> Plain:
-    """What this MODEL is without acceleration: without cache and forecasts, its 16-bit weights in their places, and of
-    a small and a large model the large one. Models of one size, such as Wan 2.2's experts, both stay."""
-    segments = segments_of(model)
-    base = _switched_off(without_switch(model))
-    if len(segments) < 2:
-        return Plain(base, what=_still_quantised(base))
-    patchers = [base if s.given else _switched_off(s.runner.patcher) for s in segments]
-    sizes = [patcher.model_size() for patcher in patchers]
-    largest = sizes.index(max(sizes))
-    if min(sizes) >= SMALLER * max(sizes):
-        experts = tuple(
-            dataclasses.replace(s, runner=s.runner if s.given else Local(patcher), node_id="")
-            for s, patcher in zip(segments, patchers, strict=True)
-        )
-        return Plain(with_segments(base, experts), what="plain are both models of the switch, as they are of one size")
-    chosen, patcher = segments[largest], patchers[largest]
-    return Plain(
-        patcher, chosen.positive, chosen.negative, chosen.cfg, f"plain is the largest model alone ({name_of(patcher)})"
-    )
-
-
-def _switched_off(model):
-    """A clone without what our nodes put on it."""
-    clone = model.clone()
-    take_off(clone)
-    return clone
-
-
-def _still_quantised(model) -> str:
-    if next(quantised_modules(model), None) is None:
-        return ""
-    return "the plain run has the same quantised weights, as their file holds no others; connect reference_model"
-
-
-def weights(model) -> dict | None:
-    """Bytes of the weights, {"accelerated", "plain"}; None where nothing is quantised."""
-    found = quantised(model)
-    if found is None:
-        return None
-    size = model.model_size()
-    before = size + found.saved if model.get_attachment(QUANTISED) is found else size
-    return {"accelerated": before - found.saved, "plain": before}
-
-
 # -- sampling --------------------------------------------------------------------------------------------------------
 
 # Called with a sentence on what is going on and the number of steps; gives the callback of that sampling.
@@ -278,52 +212,3 @@ def check_same(run: dict | None, sampling: Sampling) -> None:
 
 
 # -- fewer steps -----------------------------------------------------------------------------------------------------
-
-
-def equal_cost(fast: Taken, plain: Taken, by_time: bool, steps: int) -> int | None:
-    """How many plain steps cost what the accelerated run did; None where that is not known.
-
-    by_time: evaluations of other weights do not count alike, so the seconds decide. Rounded in favour of the floor.
-    """
-    if by_time:
-        if not fast.steady or not plain.steady:
-            return None
-        share = fast.steady / plain.steady
-    else:
-        whole = plain.evaluations or (fast.run["evaluations"] if fast.run else None)
-        if not whole or fast.evaluations is None:
-            return None
-        share = fast.evaluations / whole
-    return max(1, math.ceil(share * steps - 0.25))
-
-
-def fewer_sigmas(model, sigmas: Tensor, count: int) -> tuple[Tensor, str]:
-    """(the schedule with `count` steps, what it is in words).
-
-    The host's scheduler that made the sigmas is known again by them and asked for fewer steps; sigmas of other makers
-    are interpolated, which is what fewer steps of a scheduler are but for rounding.
-    """
-    sampling, steps = model.get_model_object("model_sampling"), len(sigmas) - 1
-
-    def made(name: str, total: int) -> Tensor | None:
-        with contextlib.suppress(AttributeError, IndexError, TypeError, ValueError, AssertionError):
-            return comfy.samplers.calculate_sigmas(sampling, name, total).float().cpu()
-        return None
-
-    wanted = sigmas.float().cpu()
-    whole = float(wanted[0]) >= (1 - SAME) * float(sampling.sigma_max)
-    # with denoise below 1 the sigmas are the end of a longer schedule
-    for total in (steps,) if whole else range(steps + 1, 5 * steps + 1):
-        for name in comfy.samplers.SCHEDULER_NAMES:
-            found = made(name, total)
-            if found is None or len(found) <= steps:
-                continue
-            if whole and len(found) != steps + 1:
-                continue
-            if torch.allclose(found[-(steps + 1) :], wanted, rtol=1e-4, atol=1e-6):
-                shorter = made(name, max(count, round(total * count / steps)))
-                if shorter is not None and len(shorter) > count:
-                    return shorter[-(count + 1) :].to(sigmas), name
-    places = torch.linspace(0, steps, count + 1)
-    low = places.floor().long().clamp(max=steps - 1)
-    return torch.lerp(wanted[low], wanted[low + 1], places - low).to(sigmas), "interpolated"

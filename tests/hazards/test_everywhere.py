@@ -15,7 +15,7 @@ from slipstream.engine.errors import SlipstreamError
 from slipstream.engine.run.plan import CacheConfig
 from slipstream.host import model as patcher
 from slipstream.host.calibrate.calibrate import calibrate
-from slipstream.host.calibrate.recording import Job, Wish
+from slipstream.host.calibrate.job import Job, Wish
 from slipstream.host.profiles import folder as profiles
 from slipstream.host.report import report
 from stacks import CACHE, EVERYTHING, LAYER, LOADED, QUANTISED, SITUATIONS, SWITCHED, TAYLOR, Bench, Stack, apart

@@ -19,7 +19,7 @@ from slipstream.engine.run.plan import LARGE_MODEL, UNCACHED, CacheConfig, Compe
 from slipstream.host import allocations
 from slipstream.host import model as patcher
 from slipstream.host.calibrate.calibrate import calibrate
-from slipstream.host.calibrate.recording import Job, Wish
+from slipstream.host.calibrate.job import Job, Wish
 from slipstream.host.model import add_cache, add_compensator
 from slipstream.host.quantise import first_run
 from slipstream.host.quantise.quantise import FIRST_RUN, QuantWish, quantise

@@ -16,7 +16,7 @@ from slipstream.engine.errors import SlipstreamError
 from slipstream.engine.run.plan import CacheConfig, PredictorConfig
 from slipstream.host import model as patcher
 from slipstream.host.calibrate.calibrate import calibrate
-from slipstream.host.calibrate.recording import Job, Wish
+from slipstream.host.calibrate.job import Job, Wish
 from slipstream.host.profiles import folder as profiles
 
 

@@ -27,7 +27,7 @@ from slipstream.engine.run.plan import (
     check_compensator,
 )
 from slipstream.host.calibrate.calibrate import calibrate, summary
-from slipstream.host.calibrate.recording import Job, Wish
+from slipstream.host.calibrate.job import Job, Wish
 from slipstream.host.canvas import events
 from slipstream.host.compensate.reference import LargeModel
 from slipstream.host.model import add_cache, add_compensator, plan_of

@@ -26,7 +26,7 @@ from slipstream.demo import emoji
 from slipstream.engine.errors import SlipstreamError
 from slipstream.engine.metrics import psnr
 from slipstream.host.calibrate.calibrate import calibrate
-from slipstream.host.calibrate.recording import Job, Wish
+from slipstream.host.calibrate.job import Job, Wish
 from slipstream.host.profiles import folder as profiles
 from slipstream.host.quantise import nvfp4
 from slipstream.host.quantise import quantise as quantising

@@ -25,8 +25,9 @@ from slipstream.host.quantise.quantise import QuantWish, quantise
 from slipstream.host.report import card as report_card
 from slipstream.host.report import report
 from slipstream.host.report import runs as report_runs
-from slipstream.host.report.report import Given
-from slipstream.host.report.runs import Sampling, plain_of
+from slipstream.host.report.plain import plain_of
+from slipstream.host.report.report import Connected
+from slipstream.host.report.runs import Sampling
 from slipstream.host.switch.segments import SwitchConfig, segments_of
 from slipstream.host.switch.switch import add_switch
 from slipstream.nodes.report import Report
@@ -63,7 +64,7 @@ def sampling(lab: Lab, model, sampler="euler", tell=report_runs.silent, **option
     )
 
 
-def make(given: Given) -> dict:
+def make(given: Connected) -> dict:
     """The JSON of a report, which holds no number that JSON does not know."""
     with torch.inference_mode():
         text = report.make_report(given, "card")[1]
@@ -89,7 +90,7 @@ def test_what_it_samples_itself_is_what_the_host_samples_and_the_numbers_are_rig
     strips = []
     monkeypatch.setattr(events, "evaluation", lambda run, now: strips.append(run.plan.node_ids))
     with lab.calls(flux) as calls:
-        numbers = make(Given(model=fast, vae=vae, sampling=sampling(lab, flux)))
+        numbers = make(Connected(model=fast, vae=vae, sampling=sampling(lab, flux)))
     assert strips == [("fast", "fastp")] * STEPS and numbers["run"] == lab.report(fast)
     rows = {row["name"]: row for row in numbers["rows"]}
     count = numbers["run"]["computed"]
@@ -119,7 +120,7 @@ def test_the_plain_run_is_bit_identical_also_where_it_samples_a_given_result_aga
     fast = lab.every(lab.flux, 3, node="again")
     samples = {"samples": sampled(lab, fast, steps=STEPS)}
     before = lab.report(fast)
-    given = Given(samples, None, fast, sampling=sampling(lab, lab.flux), floors="none")
+    given = Connected(samples, None, fast, sampling=sampling(lab, lab.flux), floors="none")
     numbers = make(given)
     assert lab.report(fast) is before and len(numbers["rows"]) == 2
     with torch.inference_mode():
@@ -136,7 +137,7 @@ def test_quantised_weights_are_taken_out_for_the_plain_run_and_are_back_after_it
     true = sampled(lab, flux, steps=6)
     four = quantise(flux, QuantWish(rank=8))
     samples = sampled(lab, four, steps=6)
-    given = Given({"samples": samples}, None, four, sampling=sampling(lab, flux, steps=6), floors="none")
+    given = Connected({"samples": samples}, None, four, sampling=sampling(lab, flux, steps=6), floors="none")
     numbers = make(given)
     assert numbers["latent_psnr_db"] == pytest.approx(report.compare(samples, true)["latent_psnr_db"])
     sizes = numbers["weights_bytes"]
@@ -168,7 +169,7 @@ def test_a_switched_run_is_found_and_told_by_its_models(lab, vae, out):
     switched = add_switch(small, lab.flux, SwitchConfig(0.25, node_id="switch"))
     results = [{"samples": sampled(lab, model, steps=8)} for model in (switched, plain)]
     with torch.inference_mode():
-        card, text, _, _ = report.make_report(Given(*results, switched, plain, vae), "card")
+        card, text, _, _ = report.make_report(Connected(*results, switched, plain, vae), "card")
     numbers = json.loads(text)
     assert [s["evaluations"] for s in numbers["run"]["segments"]] == [2, 6] and len(numbers["rows"]) == 2
     assert "2 of 8 evaluations by a small model" in numbers["verdict"]
@@ -199,18 +200,18 @@ def test_a_cancelled_report_writes_nothing_and_leaves_the_strip(lab, out):
         return callback
 
     with pytest.raises(comfy.model_management.InterruptProcessingException):
-        make(Given(samples, None, fast, sampling=sampling(lab, lab.flux, tell=tell)))
+        make(Connected(samples, None, fast, sampling=sampling(lab, lab.flux, tell=tell)))
     assert not list(out.iterdir()) and lab.report(fast) is before
 
 
 def test_nothing_skipped_and_nan_are_said(lab, vae, out):
     asked = sampling(lab, lab.flux, steps=4)
-    same = make(Given(model=lab.fast(lab.flux, node="few"), sampling=asked, floors="fewer steps"))
+    same = make(Connected(model=lab.fast(lab.flux, node="few"), sampling=asked, floors="fewer steps"))
     assert same["verdict"].startswith("Identical to the plain result (nothing is skipped: at 4 steps")
     assert len(same["rows"]) == 2 and "cost as much as the plain one" in same["remarks"][-1]
     broken = lab.latent(lab.flux, 2, SIZE)
     broken[0, 0, 0, 0] = math.nan
-    told = make(Given({"samples": broken}, {"samples": torch.rand_like(broken)}, vae=vae))
+    told = make(Connected({"samples": broken}, {"samples": torch.rand_like(broken)}, vae=vae))
     assert "NaN" in told["verdict"] and told["latent_psnr_db"] is None and told["picture_shown"] == 0
 
 
@@ -229,10 +230,10 @@ def test_samples_of_another_sampling_are_refused_before_anything_runs(lab, out, 
     asked = sampling(lab, lab.flux, **{k: v for k, v in change.items() if v})
     asked = asked if change.get("steps") != 0 else replace(asked, sigmas=asked.sigmas[:1])
     with lab.calls(fast) as calls, pytest.raises(SlipstreamError, match=sentence):
-        make(Given(samples, None, fast, sampling=asked))
+        make(Connected(samples, None, fast, sampling=asked))
     large = {"samples": torch.zeros(1, 16, 24, 16)}
     with lab.calls(fast) as more, pytest.raises(SlipstreamError, match=r"\[1, 16, 24, 16\] but latent_image gives"):
-        make(Given(large, None, lab.flux, sampling=sampling(lab, lab.flux)))
+        make(Connected(large, None, lab.flux, sampling=sampling(lab, lab.flux)))
     assert not calls and not more and not list(out.iterdir())
 
 
@@ -240,13 +241,13 @@ def test_what_is_missing_is_named(lab):
     latent = {"samples": lab.latent(lab.flux, 1, SIZE)}
     asked = sampling(lab, lab.flux)
     for given, sentence in (
-        (Given(), "samples is not connected; connect it, or positive, sampler, sigmas and latent_image"),
-        (Given(latent), "reference is not connected"),
-        (Given(latent, latent, floors="fewer steps"), "for 'fewer steps' connect positive"),
-        (Given(latent, latent, floors="best"), "there is no floor 'best'"),
-        (Given(reference=latent, sampling=asked, reference_model=lab.flux), "connect model"),
-        (Given(latent, {"samples": lab.latent(lab.flux, 2, SIZE)}), "sample both at the same size"),
-        (Given({"samples": SimpleNamespace(is_nested=True)}, latent), "several tensors"),
+        (Connected(), "samples is not connected; connect it, or positive, sampler, sigmas and latent_image"),
+        (Connected(latent), "reference is not connected"),
+        (Connected(latent, latent, floors="fewer steps"), "for 'fewer steps' connect positive"),
+        (Connected(latent, latent, floors="best"), "there is no floor 'best'"),
+        (Connected(reference=latent, sampling=asked, reference_model=lab.flux), "connect model"),
+        (Connected(latent, {"samples": lab.latent(lab.flux, 2, SIZE)}), "sample both at the same size"),
+        (Connected({"samples": SimpleNamespace(is_nested=True)}, latent), "several tensors"),
     ):
         with pytest.raises(SlipstreamError, match=sentence):
             make(given)
