@@ -39,7 +39,7 @@ from ...engine.run.plan import LARGE_MODEL, UNCACHED, CompensatorConfig, Plan
 from ...engine.run.samplers import sampler_traits
 from ...quant.linear import W4A4Linear
 from ..model import plan_of, with_plan
-from ..parts import FIT
+from ..parts import FIT, put_on
 from .job import Job, Progress, silent
 from .recording import following
 
@@ -139,7 +139,7 @@ def watched(model, fit, config: CompensatorConfig | None, cached: bool = True):
         own = dataclasses.replace(own, anchors=0)
     plan = dataclasses.replace(plan, compensator=own) if cached else Plan(compensator=own)
     clone = with_plan(model, plan)
-    clone.set_attachments(FIT, fit)
+    put_on(clone, FIT, fit)
     return clone
 
 

@@ -21,7 +21,7 @@ from ...engine.families import architecture_of
 from ...engine.run.plan import CacheConfig, Plan, PredictorConfig
 from ...engine.run.samplers import sampler_traits
 from ..model import plan_of, with_plan
-from ..parts import PROFILE, RECORDER
+from ..parts import PROFILE, RECORDER, put_on
 from ..quantise.make import linears_of
 from .job import NODE, Job, Progress, Wish, silent
 
@@ -56,7 +56,7 @@ def record(job: Job, wish: Wish | None = None, progress: Progress = silent) -> R
     for run in range(len(job.runs)):
         recorder = Recorder(seed=run, moments=wish.correction, probed=probes(steps, run))
         watched = with_plan(job.model, Plan(full, _nameless(plan)))
-        watched.set_attachments(RECORDER, recorder)
+        put_on(watched, RECORDER, recorder)
         callback = progress(f"full run {run + 1} of {len(job.runs)}")
         with activations if wish.activations else contextlib.nullcontext():
             finals.append(job.sample(watched, run, callback))
@@ -115,7 +115,7 @@ def following(model, profile: Profile):
     cache = dataclasses.replace(plan.cache or CacheConfig(), preset="Balanced", node_id="", profile="(calibration)",
                                 drift_budget=1.0, start_percent=0.0, end_percent=1.0)  # fmt: skip
     clone = model.clone()
-    clone.set_attachments(PROFILE, profile)
+    put_on(clone, PROFILE, profile)
     return with_plan(clone, Plan(cache, _nameless(plan)))
 
 

@@ -1,0 +1,169 @@
+"""The promises about the house: rooms that hang on each other one way, few files in the halls, files that fit a screen
+or two, and one register of what our nodes put on a model."""
+
+from __future__ import annotations
+
+import ast
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+from hazards.rows import NODES
+from slipstream.host import parts
+from slipstream.host.parts import PARTS
+from unit.test_structure import LAYERS, ROOT, schemas
+
+# Files directly in a folder, and lines of one file; tables of data may be longer.
+HALLS = {"host": 12, "engine": 8}
+LONGEST = 400
+TABLES = {"engine/families.py", "quant/policy.py"}
+
+# Rooms of the engine, each of which may know those behind it and what lies in the engine's own folder.
+ENGINE = ("run", "correction", "calibration", "sites", "forecast")
+
+
+def modules(root: Path) -> dict[str, Path]:
+    return {
+        ".".join(path.relative_to(root).with_suffix("").parts): path
+        for layer in LAYERS
+        for path in (root / layer).rglob("*.py")
+    }
+
+
+def arrows(root: Path) -> dict[str, set[str]]:
+    """Module -> the pack's own modules that it imports, at the top or in a function."""
+    known = modules(root)
+    found = {}
+    for name, path in known.items():
+        package, wanted = path.relative_to(root).parent.parts, set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                base = ".".join(filter(None, [*package[: len(package) - node.level + 1], node.module or ""]))
+                # `from . import x` and `from .room import x` may mean a module x
+                wanted |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
+        found[name] = wanted & set(known) - {name}
+    return found
+
+
+def room(module: str) -> str:
+    """The folder in engine, host or another layer; a file that lies directly in a layer is a room by itself."""
+    return ".".join(module.split(".")[:2])
+
+
+def circle(graph: Mapping[str, Iterable[str]]) -> list[str]:
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return error.args[1]
+    return []
+
+
+def of_rooms(graph: Mapping[str, set[str]]) -> dict[str, set[str]]:
+    rooms = defaultdict(set)
+    for name, targets in graph.items():
+        rooms[room(name)] |= {room(target) for target in targets} - {room(name)}
+    return rooms
+
+
+def test_no_file_and_no_room_imports_in_a_circle():
+    graph = arrows(ROOT)
+    assert sum(map(len, graph.values())) > 300  # else nothing was read
+    assert not circle(graph) and not circle(of_rooms(graph))
+
+
+@pytest.mark.parametrize(
+    "planted",
+    [
+        {"host/report/a.py": "from ..switch import b", "host/switch/b.py": "def f():\n    from ..report.a import x"},
+        {"engine/run/a.py": "from . import b", "engine/run/b.py": "from .a import x"},
+        # two rooms, four files, no circle of files
+        {
+            "engine/run/a.py": "from ..sites.b import x", "engine/sites/b.py": "",
+            "engine/sites/c.py": "from ..run.d import x", "engine/run/d.py": "",
+        },
+    ],
+)  # fmt: skip
+def test_a_planted_circle_is_seen(tmp_path, planted):
+    for name, text in planted.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    graph = arrows(tmp_path)
+    assert circle(graph) or circle(of_rooms(graph))
+
+
+def test_the_rooms_of_the_engine_know_only_those_behind_them():
+    for name, targets in of_rooms(arrows(ROOT)).items():
+        layer, _, here = name.partition(".")
+        if layer == "engine" and here in ENGINE:
+            behind = ENGINE[ENGINE.index(here) :]
+            assert not {t for t in targets if t.split(".")[1] in ENGINE and t.split(".")[1] not in behind}
+
+
+def test_halls_are_small_and_files_are_short():
+    for layer, most in HALLS.items():
+        assert len(list((ROOT / layer).glob("*.py"))) <= most
+    lines = {name: len((path).read_text(encoding="utf-8").splitlines()) for name, path in modules(ROOT).items()}
+    tables = {name.removesuffix(".py").replace("/", ".") for name in TABLES}
+    assert tables <= set(lines)
+    assert not {name: count for name, count in lines.items() if count > LONGEST and name not in tables}
+
+
+def test_every_part_is_of_a_node_with_inputs_under_contract_and_rows_of_hazards():
+    contract = json.loads((ROOT / "tests" / "unit" / "contract.json").read_text())
+    assert {part.node for part in PARTS} <= set(contract) == set(schemas())
+    direct = [path for path in (ROOT / "host").rglob("*.py") if "set_attachments(" in path.read_text(encoding="utf-8")]
+    assert direct == [ROOT / "host" / "parts.py"]
+
+
+def test_the_hazards_have_a_column_for_every_node_that_puts_a_part_on():
+    columns = " ".join(NODES.values())
+    names = {node.GET_SCHEMA().node_id: node.GET_SCHEMA().display_name for node in listed()}
+    assert all(any(word in columns for word in (names[part.node], names[part.node].split(" (")[0])) for part in PARTS)
+
+
+def listed() -> list:
+    import asyncio
+
+    from slipstream.nodes import SlipstreamExtension
+
+    return asyncio.run(SlipstreamExtension().get_node_list())
+
+
+def test_the_order_of_sampling_is_the_registers_whatever_was_wired_first():
+    class Patcher:
+        """What of a ModelPatcher the register uses."""
+
+        def __init__(self):
+            self.wrappers, self.attachments = {}, {}
+
+        def set_attachments(self, key, value):
+            self.attachments[key] = value
+
+        def get_attachment(self, key):
+            return self.attachments.get(key)
+
+        def remove_attachments(self, key):
+            self.attachments.pop(key, None)
+
+        def remove_wrappers_with_key(self, kind, key):
+            self.wrappers.get(kind, {}).pop(key, None)
+
+        def add_wrapper_with_key(self, kind, key, wrapper):
+            self.wrappers.setdefault(kind, {}).setdefault(key, []).append(wrapper)
+
+    keys = [parts.RUN, parts.QUANTISED, parts.SWITCH, parts.KERNELS]
+    orders = []
+    for wired in (keys, keys[::-1], [keys[2], keys[0], keys[3], keys[1]]):
+        patcher = Patcher()
+        patcher.add_wrapper_with_key("outer_sample", "another pack", len)
+        for key in wired:
+            parts.put_on(patcher, key, object(), print)
+        found = list(patcher.wrappers["outer_sample"])
+        assert found[:2] == [parts.SWITCH, parts.QUANTISED]
+        orders.append(found)
+        parts.take_off(patcher)
+        assert list(patcher.wrappers["outer_sample"]) == ["another pack"] and not patcher.attachments
+    assert all(sorted(order) == sorted(orders[0]) for order in orders)
