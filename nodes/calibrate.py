@@ -134,11 +134,11 @@ class Calibrate(io.ComfyNode):
         wish = Wish(goal, speed_up, max_drift, schedule, check, correction_statistics, activation_statistics, ecad_runs)
         node = str(cls.hidden.unique_id or "")
 
-        def progress(sentence: str):
+        def tell(sentence: str, steps: int):
             show(node, sentence)
-            return latent_preview.prepare_callback(model, len(sigmas) - 1)
+            return latent_preview.prepare_callback(model, steps)
 
-        profile = calibrate(job, wish, progress)
+        profile = calibrate(job, wish, tell)
         text, picture = summary(profile), as_image(draw(profile))
         written = save(name, profile)
         show(node, f"{written}\n{text}")

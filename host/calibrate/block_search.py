@@ -16,7 +16,7 @@ from ...engine.run.recipe import lacks
 from ...engine.sites.levels import EACH
 from ...engine.sites.stack import block_sizes
 from ..profiles.folder import fingerprint
-from .job import Job, Progress, Wish
+from .job import Job, Tell, Wish
 from .recording import Recorded, about, following, size_of
 
 # The search needs a run to learn from and one to be chosen by; how many points of its front are sampled there, at most.
@@ -31,7 +31,7 @@ def trouble(job: Job, row: Architecture) -> str:
     return why
 
 
-def search_blocks(job: Job, wish: Wish, recorded: Recorded, search: Search, progress: Progress) -> Profile:
+def search_blocks(job: Job, wish: Wish, recorded: Recorded, search: Search, tell: Tell) -> Profile:
     """The block schedule that ECAD's search finds on all runs but the last, chosen by its error on the last."""
     network = job.model.get_model_object("diffusion_model")
     row = architecture_of(network)
@@ -49,7 +49,7 @@ def search_blocks(job: Job, wish: Wish, recorded: Recorded, search: Search, prog
         nonlocal count
         count += 1
         model = following(job.model, profile_of(blocks))
-        callback = progress(f"ECAD: sampling {count} of about {wish.ecad_runs}")
+        callback = tell(f"ECAD: sampling {count} of about {wish.ecad_runs}", job.steps)
         return sum(relative_error(job.sample(model, r, callback), recorded.finals[r]) for r in runs) / len(runs)
 
     found = evolve(error_of, steps, sizes, max(1, wish.ecad_runs // held_out), seed=job.runs[0][1])

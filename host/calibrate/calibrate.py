@@ -24,7 +24,7 @@ from ..model import plan_of
 from ..profiles.folder import fingerprint
 from .block_search import search_blocks, trouble
 from .fitting import with_correction
-from .job import BEST, CHOICES, ECAD, GOALS, NODE, STEP_COEFFICIENT, Job, Progress, Wish, silent
+from .job import BEST, CHOICES, ECAD, GOALS, NODE, STEP_COEFFICIENT, Job, Tell, Wish, silent
 from .recording import about, following, growth_of, record, size_of
 
 FEWEST_STEPS = 5
@@ -48,7 +48,7 @@ class Score:
         return sum(self.each_db) / len(self.each_db)
 
 
-def calibrate(job: Job, wish: Wish | None = None, progress: Progress = silent) -> Profile:
+def calibrate(job: Job, wish: Wish | None = None, tell: Tell = silent) -> Profile:
     """A profile for this sampling. Raises SlipstreamError.
 
     job.model: with or without Slipstream nodes before it; its Taylor Predictor is the one the schedule is solved for.
@@ -57,7 +57,7 @@ def calibrate(job: Job, wish: Wish | None = None, progress: Progress = silent) -
     recipe = _checked(job, wish)
     values = job.values
     steps = len(values) - 1
-    recorded = record(job, wish, progress)
+    recorded = record(job, wish, tell)
     statistics = recorded.statistics
     name = sampler_traits(job.sampler).name
     if statistics.steps != steps:
@@ -65,15 +65,15 @@ def calibrate(job: Job, wish: Wish | None = None, progress: Progress = silent) -
             f"{NODE}: {name} evaluates the model {statistics.steps} times in {steps} steps; calibrate with a "
             "sampler that does so once per step, such as euler or dpmpp_2m."
         )
-    progress("solving schedules")
+    tell("solving schedules", job.steps)
     growth = growth_of(job, recorded)
     search = Search(statistics, recipe.predictor, values, growth)
     size = size_of(job.model, recorded.finals)
     if wish.schedule == ECAD:
-        return search_blocks(job, wish, recorded, search, progress)
+        return search_blocks(job, wish, recorded, search, tell)
     points = frontier(search, size)
     found = _candidates(search, wish)
-    checked = _check(job, wish, found, recorded.finals, recipe, search, progress) if wish.check > 1 else {}
+    checked = _check(job, wish, found, recorded.finals, recipe, search, tell) if wish.check > 1 else {}
     chosen = found[evident([checked[c.keys].each_db for c in found])] if checked else found[0]
     sigmas = values
     if wish.schedule == STEP_COEFFICIENT:
@@ -111,7 +111,7 @@ def calibrate(job: Job, wish: Wish | None = None, progress: Progress = silent) -
         tuple(points),
         recorded.extras,
     )  # fmt: skip
-    return with_correction(job, profile, growth, progress) if wish.correction else profile
+    return with_correction(job, profile, growth, tell) if wish.correction else profile
 
 
 def _checked(job: Job, wish: Wish) -> Recipe:
@@ -200,7 +200,7 @@ def _candidates(search: Search, wish: Wish) -> list[Candidate]:
 
 def _check(
     job: Job, wish: Wish, found: list[Candidate], finals: list[Tensor], recipe: Recipe, search: Search,
-    progress: Progress,
+    tell: Tell,
 ) -> dict[tuple[int, ...], Score]:  # fmt: skip
     """How near the first few candidates come to the full runs when they are sampled, by key steps.
 
@@ -224,7 +224,7 @@ def _check(
         results = []
         for run, final in enumerate(finals):
             what = f"checking schedule {number} of {len(tried)}, run {run + 1} of {len(finals)}"
-            result = job.sample(model, run, progress(what))
+            result = job.sample(model, run, tell(what, job.steps))
             results.append((min(psnr(result, final), 200.0), relative_error(result, final)))
         each, errors = zip(*results, strict=True)
         scores[candidate.keys] = Score(each, sum(errors) / len(errors))

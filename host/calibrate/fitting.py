@@ -40,7 +40,7 @@ from ...engine.run.samplers import sampler_traits
 from ...quant.linear import W4A4Linear
 from ..model import plan_of, with_plan
 from ..parts import FIT, put_on
-from .job import Job, Progress, silent
+from .job import Job, Tell, silent
 from .recording import following
 
 # What `auto` tries (bench compensation: memory is what serves a cache, a cumulative target what serves rounding),
@@ -143,13 +143,13 @@ def watched(model, fit, config: CompensatorConfig | None, cached: bool = True):
     return clone
 
 
-def references(job: Job, quantised: bool, progress: Progress = silent) -> tuple[list[Trajectory], list[Tensor]]:
+def references(job: Job, quantised: bool, tell: Tell = silent) -> tuple[list[Trajectory], list[Tensor]]:
     """The reference's trajectory and final latent of every run of the job."""
     found, finals = [], []
     for run in range(len(job.runs)):
         trajectory = Trajectory(quantised=quantised)
         model = watched(job.model, trajectory, None, cached=False)
-        finals.append(job.sample(model, run, progress(f"reference run {run + 1} of {len(job.runs)}")))
+        finals.append(job.sample(model, run, tell(f"reference run {run + 1} of {len(job.runs)}", job.steps)))
         found.append(trajectory)
     return found, finals
 
@@ -161,13 +161,13 @@ def coefficients(
     terms: Terms,
     runs: Sequence[int],
     config: CompensatorConfig | None = None,
-    progress: Progress = silent,
+    tell: Tell = silent,
 ) -> tuple[Tensor, Moments, list[int]]:
     """(theta [n, C, P], the moments it is from, the age of every step) of these runs, one after the other."""
     moments, ages, sigmas = None, [], job.values
     for run in runs:
         follow = Follow(terms, known[run], sigmas, moments)
-        job.sample(watched(fast, follow, config), run, progress(f"fitting the correction, run {run + 1}"))
+        job.sample(watched(fast, follow, config), run, tell(f"fitting the correction, run {run + 1}", job.steps))
         moments, ages = follow.moments, follow.ages
     steps = len(sigmas) - 1
     return torch.stack([moments.theta(terms, step) for step in range(steps)]), moments, ages + [0] * (steps - len(ages))
@@ -179,7 +179,7 @@ def fit(
     quantised: bool,
     config: CompensatorConfig | None = None,
     tried: Sequence[str] = TRIED,
-    progress: Progress = silent,
+    tell: Tell = silent,
     known: tuple[list[Trajectory], list[Tensor]] | None = None,
 ) -> Fitted:
     """Fit on the first two thirds of the job's runs, score on the rest.
@@ -190,12 +190,12 @@ def fit(
     sigmas, count = job.values, len(job.runs)
     held = list(range(count))[-max(1, count // 3) :] if count > 1 else []
     seen = [run for run in range(count) if run not in held]
-    trajectories, finals = known or references(job, quantised, progress)
+    trajectories, finals = known or references(job, quantised, tell)
     grams = [t.gram() for t in trajectories]
     residuals = torch.stack(grams).mean(0) if all(gram is not None for gram in grams) else None
 
     def sampled(follow, run: int, what: str) -> Tensor:
-        return job.sample(watched(fast, follow, config), run, progress(what))
+        return job.sample(watched(fast, follow, config), run, tell(what, job.steps))
 
     def scores(follow_of: Callable[[int], object], what: str) -> list[float]:
         found = []
@@ -214,7 +214,7 @@ def fit(
     best, gains, table = 0.0, {}, None
     for name in tried:
         terms = METHODS[name]
-        theta, moments, ages = coefficients(job, fast, trajectories, terms, seen, config, progress)
+        theta, moments, ages = coefficients(job, fast, trajectories, terms, seen, config, tell)
         gated = _gated(theta, terms, trajectories, sigmas, held, lambda f, r, n=name: sampled(f, r, f"testing '{n}'"))
         # all steps, those alone that gain by themselves, and both carefully
         for kept in (theta, gated, SHRUNK * theta):
@@ -261,7 +261,7 @@ def _evidence(values: Sequence[float], base: Sequence[float]) -> tuple[float, bo
     return mean, mean > 2 * math.sqrt(variance / len(gains))
 
 
-def with_correction(job: Job, profile: Profile, growth: Sequence[float], progress: Progress = silent) -> Profile:
+def with_correction(job: Job, profile: Profile, growth: Sequence[float], tell: Tell = silent) -> Profile:
     """The profile with a correction fitted for its schedule, or with the reason why it has none.
 
     The Error Compensator before Calibrate says how many anchors take part; without one, as many as its `auto` takes.
@@ -269,7 +269,7 @@ def with_correction(job: Job, profile: Profile, growth: Sequence[float], progres
     config = plan_of(job.model).compensator or CompensatorConfig()
     quantised = _has_better_weights(job.model)
     tried = TRIED if config.terms in ("auto", "off") else (config.terms,)
-    found = fit(job, following(job.model, profile), quantised, config, tried, progress)
+    found = fit(job, following(job.model, profile), quantised, config, tried, tell)
     flow = isinstance(job.model.get_model_object("model_sampling"), comfy.model_sampling.CONST)
     about = found.about | {"growth": list(growth), "flow": flow}
     return dataclasses.replace(

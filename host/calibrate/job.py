@@ -42,6 +42,10 @@ class Job:
         """The sigmas as numbers, n + 1 for n steps."""
         return tuple(float(s) for s in self.sigmas)
 
+    @property
+    def steps(self) -> int:
+        return len(self.sigmas) - 1
+
     def sample(self, model, run: int, callback: Callable | None = None) -> Tensor:
         """The final latent of one calibration run with this model."""
         positive, seed = self.runs[run]
@@ -77,9 +81,9 @@ class Wish:
     ecad_runs: int = 200
 
 
-# Called with a sentence on what is going on, and for the callback of the sampling that follows.
-Progress = Callable[[str], Callable | None]
+# Called with a sentence on what is going on and the number of steps; gives the callback of the sampling that follows.
+Tell = Callable[[str, int], Callable | None]
 
 
-def silent(sentence: str) -> None:
+def silent(sentence: str, steps: int) -> None:
     return None

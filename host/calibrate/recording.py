@@ -23,7 +23,7 @@ from ...engine.run.samplers import sampler_traits
 from ..model import plan_of, with_plan
 from ..parts import PROFILE, RECORDER, put_on
 from ..quantise.make import linears_of
-from .job import NODE, Job, Progress, Wish, silent
+from .job import NODE, Job, Tell, Wish, silent
 
 # One more evaluation in so many measures how disturbances grow: a full run costs a tenth more with it.
 PROBE_EVERY = 10
@@ -40,7 +40,7 @@ class Recorded:
     extras: dict[str, Tensor] = field(default_factory=dict)
 
 
-def record(job: Job, wish: Wish | None = None, progress: Progress = silent) -> Recorded:
+def record(job: Job, wish: Wish | None = None, tell: Tell = silent) -> Recorded:
     """Full runs of the job at its plan's site; nothing is skipped and nothing stays on the model."""
     wish = wish or Wish()
     plan = plan_of(job.model)
@@ -57,7 +57,7 @@ def record(job: Job, wish: Wish | None = None, progress: Progress = silent) -> R
         recorder = Recorder(seed=run, moments=wish.correction, probed=probes(steps, run))
         watched = with_plan(job.model, Plan(full, _nameless(plan)))
         put_on(watched, RECORDER, recorder)
-        callback = progress(f"full run {run + 1} of {len(job.runs)}")
+        callback = tell(f"full run {run + 1} of {len(job.runs)}", job.steps)
         with activations if wish.activations else contextlib.nullcontext():
             finals.append(job.sample(watched, run, callback))
         try:

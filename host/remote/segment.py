@@ -42,7 +42,7 @@ REMEMBERING = ("2m", "3m", "lms", "ipndm", "deis", "unipc", "res_multistep", "gr
 # Bytes of a result: its header holds the job's graph; a blank may come back with 32 times the channels (FLUX.2).
 HEADER, WIDER = 1 << 20, 32
 
-Tell = Callable[[str, float], None]
+Shown = Callable[[str, float], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,7 @@ class RemoteSegment:
         """Who computes, for reports."""
         return f"{self.model.name} on {locate(self.server).place}"
 
-    def sample(self, samples: Tensor, part: Part, local=None, tell: Tell | None = None) -> tuple[Tensor, RemoteReport]:
+    def sample(self, samples: Tensor, part: Part, local=None, tell: Shown | None = None) -> tuple[Tensor, RemoteReport]:
         """Sample `part` from a LATENT's samples [B, C, ...]; return what the host's SamplerCustom would.
 
         local: the model whose schedule the sigmas are of; only servers of before December 2025 need it. Raises
@@ -94,7 +94,7 @@ class RemoteSegment:
 
     def run(
         self, x: Tensor | None, sigmas: Tensor, *, local, positive: str, negative: str, cfg: float, sampler: str,
-        seed: int, latent_image: Tensor | None = None, tell: Tell | None = None,
+        seed: int, latent_image: Tensor | None = None, tell: Shown | None = None,
     ) -> tuple[Tensor, RemoteReport]:  # fmt: skip
         """The same in the sampler's own coordinates of `local`: x at sigmas[0] -> x at sigmas[-1].
 
@@ -121,7 +121,7 @@ class RemoteSegment:
 class _Session:
     """One run of a segment: the connection, the deadline, and the job that is under way."""
 
-    def __init__(self, segment: RemoteSegment, part: Part, local, tell: Tell):
+    def __init__(self, segment: RemoteSegment, part: Part, local, tell: Shown):
         self.segment, self.part, self.local, self.tell = segment, part, local, tell
         self.address = locate(segment.server)
         self.place = self.address.place
@@ -270,7 +270,7 @@ class Here:
 
 
 def sample_latent(
-    segment: RemoteSegment, latent: dict, part: Part, here: Here, tell: Tell, callback=None
+    segment: RemoteSegment, latent: dict, part: Part, here: Here, tell: Shown, callback=None
 ) -> tuple[dict, str]:
     """(LATENT, what was done in one sentence). `here` takes over where the server cannot and it is complete."""
     for key, what in (("noise_mask", "a mask"), ("batch_index", "numbers of its pictures within a batch")):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from comfy.patcher_extension import WrappersMP
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from ...engine.errors import SlipstreamError
 from ...engine.run.samplers import sampler_traits
-from ..calibrate.job import Job
+from ..calibrate.job import Job, Tell, silent
 from ..canvas import events
 from ..gauge import Gauge, clocked
 from ..model import plan_of
@@ -116,17 +115,7 @@ def last_run(model) -> dict | None:
     return events.last_report(events.Nodes((*plan_of(model).node_ids, *switches)))
 
 
-# -- the model without Slipstream ----------------------------------------------------------------------------------
-
-
 # -- sampling --------------------------------------------------------------------------------------------------------
-
-# Called with a sentence on what is going on and the number of steps; gives the callback of that sampling.
-Tell = Callable[[str, int], Callable | None]
-
-
-def silent(sentence: str, steps: int) -> None:
-    return None
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,10 +39,10 @@ def job(lab, model, steps: int = 28, sampler: str = "euler", cfg: float = 1.0, r
                sigmas_of(model, steps), {"samples": lab.latent(model)})  # fmt: skip
 
 
-def calibrated(lab, model, speed_up: float = 2.5, check: int = 0, progress=None, wish=None, **options):
+def calibrated(lab, model, speed_up: float = 2.5, check: int = 0, tell=None, wish=None, **options):
     options = {"job": job(lab, model, **options), "wish": Wish(speed_up=speed_up, check=check, **(wish or {}))}
     with torch.inference_mode():
-        return calibrate(**options, **({"progress": progress} if progress else {}))
+        return calibrate(**options, **({"tell": tell} if tell else {}))
 
 
 def taylor(model, order: int = -1):
@@ -131,7 +131,7 @@ def test_a_profile_of_another_predictor_or_range_is_told(lab, folder):
 def test_a_cancelled_calibration_leaves_nothing(lab, folder, stage):
     plain = lab.sample(lab.flux)
 
-    def progress(sentence):
+    def tell(sentence, steps):
         def stop(step, *_):
             if step == 5:
                 raise comfy.model_management.InterruptProcessingException
@@ -140,7 +140,7 @@ def test_a_cancelled_calibration_leaves_nothing(lab, folder, stage):
 
     wish = {"schedule": "ECAD (blocks)"} if stage == "ECAD" else {}
     with pytest.raises(comfy.model_management.InterruptProcessingException):
-        calibrated(lab, lab.flux, progress=progress, check=3, runs=2, wish=wish)
+        calibrated(lab, lab.flux, tell=tell, check=3, runs=2, wish=wish)
     assert list(folder.iterdir()) == []
     assert torch.equal(lab.sample(lab.flux), plain)
 
