@@ -10,7 +10,8 @@ import torch
 from ..engine.forecast.history import Storage
 from ..engine.run.plan import DEVICES
 
-# Without a budget of the user's own the history may take this share of what is free on the card.
+# Without a budget of the user's own the history may take this share of what is free on the card. Chosen, not measured:
+# the next forward's activations and the VAE have to find room in the rest.
 AUTOMATIC_SHARE = 0.25
 
 # 8-bit snapshots: one byte for two or four, and a scale per row.

@@ -34,6 +34,10 @@ REQUIRED = ("gram", "distance", "size")
 BLOCKS = "blocks"
 
 
+# Schedules of one range begin and end a little apart, as schedulers round; chosen, relative to the range.
+SLACK = 0.02
+
+
 class ProfileError(ValueError):
     """A profile that cannot be read or used, in one sentence."""
 
@@ -211,7 +215,7 @@ class Profile:
     def _times(self, sigmas: Sequence[float]) -> list[float]:
         """The place in this profile's schedule of every step of another; ProfileError where one leaves its range."""
         top, bottom = self.sigmas[0], self.sigmas[-1]
-        slack = 0.02 * (top - bottom)
+        slack = SLACK * (top - bottom)
         if sigmas[0] > top + slack or sigmas[-1] < bottom - slack:
             raise ProfileError(
                 f"it was measured for sigmas from {top:.4g} to {bottom:.4g}, and this run goes from {sigmas[0]:.4g} to "

@@ -41,6 +41,7 @@ def placed(sigmas: Sequence[float], count: int, flow: bool) -> tuple[int, ...]:
     if flow:
         places = [1 + (steps - 1) * (k / count) ** SPACING for k in range(count)]
     else:
+        # 0.9 and 0.5 keep the first place off the start and the last off the end, where an anchor has nothing to serve
         places = [steps * (1 - (1 - (k + 0.9) / (count + 0.5)) ** SPACING) for k in range(count)]
     return _distinct(places, steps)
 

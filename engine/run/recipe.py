@@ -33,7 +33,7 @@ from .samplers import Sampler
 REUSE_SHARE = 0.5
 
 # Authors' numbers where a family has none of its own: DeepCache's interval (SDXL), its power grid (SD1.5, of 50 steps),
-# Faster Diffusion's key steps (of 50), steps filled in a row.
+# Faster Diffusion's key steps (of 50). Steps filled in a row: the most that MagCache publishes.
 DEEPCACHE_INTERVAL = 3
 POWER_GRID_EVERY, POWER_GRID_POWER, POWER_GRID_CENTRE = 5, 1.4, 0.3
 FASTER_DIFFUSION_KEYS, FASTER_DIFFUSION_STEPS = (0, 1, 2, 3, 5, 10, 15, 25, 35), 50

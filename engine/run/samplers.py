@@ -9,7 +9,8 @@ from dataclasses import dataclass
 class Sampler:
     """What matters about a sampler: does it add noise between steps, and can a forecast serve it at all?
 
-    evaluations: of the model in one step, at most; first_order: a step uses the newest output only, once.
+    evaluations: of the model in one step, at most; first_order: a step uses the newest output only, once; remembers: a
+    step uses the outputs of steps before.
     """
 
     name: str
@@ -17,6 +18,7 @@ class Sampler:
     unserved: str = ""
     evaluations: int = 1
     first_order: bool = False
+    remembers: bool = False
 
 
 # Part of the name -> adds fresh noise at every step (unless eta or s_noise is 0).
@@ -33,6 +35,8 @@ MANY = {
     "heun": 2, "heunpp2": 3, "dpm_2": 2, "dpm_2_ancestral": 2, "dpmpp_2s_ancestral": 2, "dpmpp_sde": 2, "seeds_2": 2,
     "seeds_3": 3, "sa_solver_pece": 2, "res_2s": 2, "exp_heun_2_x0": 2, "exp_heun_2_x0_sde": 2,
 }  # fmt: skip
+# Parts of the names of samplers that use the steps before.
+REMEMBERING = ("2m", "3m", "lms", "ipndm", "deis", "unipc", "res_multistep", "gradient", "er_sde", "sa_solver")
 FIRST_ORDER = ("euler",)  # the host builds euler for ddim
 
 
@@ -45,4 +49,5 @@ def sampler_traits(sampler: object) -> Sampler:
     noisy = any(part in name for part in NOISY) and 0.0 not in (options.get("eta"), options.get("s_noise"))
     churned = float(options.get("s_churn") or 0.0) > 0.0
     evaluations = MANY.get(name.removesuffix("_gpu").removesuffix("_cfg_pp"), 1)
-    return Sampler(name, noisy or churned, UNSERVED.get(name, ""), evaluations, name in FIRST_ORDER)
+    remembers = any(part in name for part in REMEMBERING)
+    return Sampler(name, noisy or churned, UNSERVED.get(name, ""), evaluations, name in FIRST_ORDER, remembers)

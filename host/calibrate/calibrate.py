@@ -32,7 +32,8 @@ FEWEST_STEPS = 5
 # Above this order the exact programme takes too long for a node.
 HIGHEST_ORDER = 2
 
-# Numbers of computed steps on the frontier, at most, and the part of the steps they come from.
+# Numbers of computed steps on the frontier, at most, and the part of the steps they come from. Chosen: more points draw
+# the same curve, and outside of this part a schedule gains nothing or keeps no picture.
 POINTS, FEWEST_SHARE, MOST_SHARE = 16, 0.18, 0.75
 
 

@@ -29,7 +29,8 @@ from .http import NODE, Connection, NoAnswer, RemoteUnavailable, locate
 
 log = logging.getLogger("slipstream")
 
-# Seconds without any answer after which a server counts as gone: at the start, and while it works for us.
+# Seconds without any answer after which a server counts as gone: at the start, and while it works for us. These and the
+# next are chosen: a loading model can keep a server silent for half a minute, and a user waits no longer than that.
 ABSENT, PATIENCE = 5.0, 45.0
 # After a lost answer to a submission the server may still be reading it.
 GRACE = 3.0
@@ -37,8 +38,6 @@ SUBMISSIONS = 2
 # Between two questions, growing; a local answer takes 2 ms.
 POLL, POLL_MOST = 0.1, 1.0
 FOLDER = "slipstream"
-# Parts of the names of samplers that use the steps before.
-REMEMBERING = ("2m", "3m", "lms", "ipndm", "deis", "unipc", "res_multistep", "gradient", "er_sde", "sa_solver")
 # Bytes of a result: its header holds the job's graph; a blank may come back with 32 times the channels (FLUX.2).
 HEADER, WIDER = 1 << 20, 32
 
@@ -312,6 +311,6 @@ def remark(part: Part) -> str:
     if traits.stochastic and not part.add_noise:
         return f"; {traits.name} adds noise, so give this part another noise_seed than the one before"
     whole = part.add_noise and not part.sigmas[-1]
-    if not whole and any(name in traits.name for name in REMEMBERING):
+    if not whole and traits.remembers:
         return f"; {traits.name} starts anew at the boundary, euler and heun go on as if there were none"
     return ""
