@@ -1,31 +1,16 @@
-"""The canvas: one file per node, each a schema and a call into `host`."""
+"""The canvas: one file per node, each a schema and a call into `host`. A file with a node in it is all that is needed."""
 
 from __future__ import annotations
 
 import importlib
 import logging
+import pkgutil
 
 from comfy_api.latest import ComfyExtension, io
 
 from . import values
 
 log = logging.getLogger("slipstream")
-
-# Module -> node class. One file that fails to import must not take the others with it.
-NODES = {
-    "cache_loader": "CacheLoader",
-    "taylor_predictor": "TaylorPredictor",
-    "report": "Report",
-    "calibrate": "Calibrate",
-    "w4a4_quantize": "W4A4Quantize",
-    "save_quantised": "SaveQuantisedModel",
-    "load_quantised": "LoadQuantisedModel",
-    "quantise_file": "QuantiseFile",
-    "remote_segment": "RemoteSegmentNode",
-    "hybrid_switch": "HybridSwitch",
-    "load_pruned_unet": "LoadPrunedUNet",
-    "error_compensator": "ErrorCompensator",
-}
 
 
 class SlipstreamExtension(ComfyExtension):
@@ -37,12 +22,16 @@ class SlipstreamExtension(ComfyExtension):
         except Exception:
             log.exception("Slipstream: profiles are not embedded in workflows on this host")
         nodes = []
-        for module, name in NODES.items():
+        for module in sorted(found.name for found in pkgutil.iter_modules(__path__)):
+            # One file that does not import must not take the others with it.
             try:
-                node = getattr(importlib.import_module(f".{module}", __name__), name)
-                node = values.guarded(node)
+                names = vars(importlib.import_module(f".{module}", __name__))
+                nodes += [values.guarded(node) for node in names.values() if _is_node(node, names["__name__"])]
             except Exception:
                 log.exception("Slipstream: the node file nodes/%s.py does not load on this host", module)
-                continue
-            nodes.append(node)
         return nodes
+
+
+def _is_node(value: object, module: str) -> bool:
+    """Whether this is a node that the module itself defines."""
+    return isinstance(value, type) and issubclass(value, io.ComfyNode) and value.__module__ == module
