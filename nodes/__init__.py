@@ -1,4 +1,4 @@
-"""The canvas: one file per node, each a schema and a call into `host`. A file with a node in it is all that is needed."""
+"""The canvas: one file per node, each a schema and a call into `host`; a file with a node in it is found by itself."""
 
 from __future__ import annotations
 
