@@ -20,18 +20,9 @@ from slipstream.demo import emoji
 from slipstream.engine.coordinates import FLOW, VARIANCE_EXPLODING
 from slipstream.engine.errors import SlipstreamError
 from slipstream.host.canvas import events
+from slipstream.host.parts import SWITCH
 from slipstream.host.quantise.quantise import QuantWish, quantise
-from slipstream.host.switch.segments import (
-    KEY,
-    NAMED,
-    Boundary,
-    Segment,
-    SwitchConfig,
-    joined,
-    segments_of,
-    span_at,
-    spans,
-)
+from slipstream.host.switch.segments import NAMED, Boundary, Segment, SwitchConfig, joined, segments_of, span_at, spans
 from slipstream.host.switch.switch import SwitchedRun, add_switch
 from slipstream.host.switch.view import View
 
@@ -520,7 +511,11 @@ def test_an_error_in_the_second_model_leaves_nothing(lab, other, error):
 def test_neither_model_is_changed_and_clones_carry_the_list(lab, other):
     wrappers = {k: dict(v) for k, v in lab.unet.wrappers.items()}
     model = switch(lab.unet, other)
-    assert lab.unet.wrappers == wrappers and lab.unet.get_attachment(KEY) is None and other.get_attachment(KEY) is None
+    assert (
+        lab.unet.wrappers == wrappers
+        and lab.unet.get_attachment(SWITCH) is None
+        and other.get_attachment(SWITCH) is None
+    )
     assert torch.equal(lab.sample(model.clone(), **SMALL), lab.sample(model, **SMALL))
 
 
