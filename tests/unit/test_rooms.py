@@ -3,18 +3,17 @@ or two, and one register of what our nodes put on a model."""
 
 from __future__ import annotations
 
-import ast
 import json
-from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from graphlib import CycleError, TopologicalSorter
-from pathlib import Path
 
 import pytest
 from hazards.rows import NODES
 from slipstream.host import parts
 from slipstream.host.parts import PARTS
-from unit.test_structure import LAYERS, ROOT, schemas
+from unit.test_structure import schemas
+
+from lab.rooms import ROOT, arrows, modules, of_rooms
 
 # Files directly in a folder, and lines of one file; tables of data may be longer.
 HALLS = {"host": 12, "engine": 8}
@@ -25,47 +24,12 @@ TABLES = {"engine/families.py", "quant/policy.py"}
 ENGINE = ("run", "correction", "calibration", "sites", "forecast")
 
 
-def modules(root: Path) -> dict[str, Path]:
-    return {
-        ".".join(path.relative_to(root).with_suffix("").parts): path
-        for layer in LAYERS
-        for path in (root / layer).rglob("*.py")
-    }
-
-
-def arrows(root: Path) -> dict[str, set[str]]:
-    """Module -> the pack's own modules that it imports, at the top or in a function."""
-    known = modules(root)
-    found = {}
-    for name, path in known.items():
-        package, wanted = path.relative_to(root).parent.parts, set()
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ImportFrom) and node.level:
-                base = ".".join(filter(None, [*package[: len(package) - node.level + 1], node.module or ""]))
-                # `from . import x` and `from .room import x` may mean a module x
-                wanted |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
-        found[name] = wanted & set(known) - {name}
-    return found
-
-
-def room(module: str) -> str:
-    """The folder in engine, host or another layer; a file that lies directly in a layer is a room by itself."""
-    return ".".join(module.split(".")[:2])
-
-
 def circle(graph: Mapping[str, Iterable[str]]) -> list[str]:
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
         return error.args[1]
     return []
-
-
-def of_rooms(graph: Mapping[str, set[str]]) -> dict[str, set[str]]:
-    rooms = defaultdict(set)
-    for name, targets in graph.items():
-        rooms[room(name)] |= {room(target) for target in targets} - {room(name)}
-    return rooms
 
 
 def test_no_file_and_no_room_imports_in_a_circle():
@@ -95,11 +59,9 @@ def test_a_planted_circle_is_seen(tmp_path, planted):
 
 
 def test_the_rooms_of_the_engine_know_only_those_behind_them():
-    for name, targets in of_rooms(arrows(ROOT)).items():
-        layer, _, here = name.partition(".")
-        if layer == "engine" and here in ENGINE:
-            behind = ENGINE[ENGINE.index(here) :]
-            assert not {t for t in targets if t.split(".")[1] in ENGINE and t.split(".")[1] not in behind}
+    rooms = of_rooms(arrows())
+    for i, name in enumerate(ENGINE):
+        assert not rooms[f"engine.{name}"] & {f"engine.{before}" for before in ENGINE[:i]}
 
 
 def test_halls_are_small_and_files_are_short():
