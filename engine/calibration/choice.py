@@ -127,7 +127,7 @@ class Search:
 
     def _filled(self, keys: Sequence[int]) -> tuple[list[int], Tensor]:
         """(steps that are filled, Gram matrix of their errors)."""
-        computed, anchors = set(keys), ()
+        computed, anchors = set(keys), tuple[int, ...]()
         steps, rows = [], []
         for step in range(self.statistics.steps):
             if step in computed:
@@ -168,7 +168,7 @@ class Search:
 
     def coherent(self, starts: Iterable[tuple[int, ...]]) -> tuple[int, ...]:
         """The least `result_error` found by moving one key step at a time, from each of the starts."""
-        best: tuple[float, tuple[int, ...]] | None = None
+        best = math.inf, tuple[int, ...]()
         for keys in dict.fromkeys(starts):
             value = self.result_error(keys)
             moved = True
@@ -184,7 +184,7 @@ class Search:
                             break
                     if moved:
                         break
-            if best is None or value < best[0]:
+            if not best[1] or value < best[0]:
                 best = value, keys
         return best[1]
 
@@ -196,7 +196,8 @@ class Search:
         if schedule in ("CacheQuant", "forecast-aware", "weighted"):
             return self._programme(schedule).solve(count).keys
         if schedule == "coherent":
-            return self.coherent(self.keys(s, count) for s in ("even", "CacheQuant", "forecast-aware", "weighted"))
+            solved = [self._programme(name).solve(count).keys for name in ("CacheQuant", "forecast-aware", "weighted")]
+            return self.coherent([uniform(n, count), *solved])
         if schedule == "drift budget":
             return by_threshold(lambda b: drift_walk(statistics, self.predictor, b, self._gains), count)
         if schedule == "ERTACache":

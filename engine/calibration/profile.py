@@ -164,10 +164,12 @@ class Profile:
             _steps(header["keys"]),
             tuple(float(s) for s in _numbers(header["sigmas"])),
             Statistics(tuple(float(t) for t in _numbers(header["times"])), *statistics),
-            *(str(header.get(name, "")) for name in ("model", "site", "predictor")),
-            about if isinstance(about, dict) else {},
-            points,
-            tensors,
+            model=str(header.get("model", "")),
+            site=str(header.get("site", "")),
+            predictor=str(header.get("predictor", "")),
+            about=about if isinstance(about, dict) else {},
+            frontier=points,
+            extras=tensors,
         )
 
     def relaxed(self, factor: float) -> Profile:
@@ -198,7 +200,7 @@ class Profile:
         chosen = {0, steps - 1}
         for key in self.keys:
             if key >= times[0] - 0.5:
-                chosen.add(min(range(steps), key=lambda i, key=key: abs(times[i] - key)))
+                chosen.add(_nearest(times, key))
         return tuple(sorted(chosen))
 
     def rows_for(self, sigmas: Sequence[float]) -> list[int]:
@@ -210,7 +212,7 @@ class Profile:
             raise ProfileError("an empty schedule has no key steps")
         if tuple(sigmas) == self.sigmas:
             return list(range(self.steps))
-        return [min(range(self.steps), key=lambda i, time=time: abs(i - time)) for time in self._times(sigmas)]
+        return [_nearest(range(self.steps), time) for time in self._times(sigmas)]
 
     def _times(self, sigmas: Sequence[float]) -> list[float]:
         """The place in this profile's schedule of every step of another; ProfileError where one leaves its range."""
@@ -230,6 +232,11 @@ class Profile:
             if high > low and sigma > low:
                 return max(0.0, i + (high - sigma) / (high - low))
         return float(self.steps)
+
+
+def _nearest(times: Sequence[float], time: float) -> int:
+    """The index of the entry that is nearest to `time`, the first of several."""
+    return min(range(len(times)), key=lambda i: abs(times[i] - time))
 
 
 def _numbers(values: list) -> list:

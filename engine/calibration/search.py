@@ -41,8 +41,7 @@ def predicted_error(
 
     weights: what an error at each step does to the result (squared errors are multiplied by them); None: 1 each.
     """
-    total, anchors = 0.0, []
-    computed = set(keys)
+    total, anchors, computed = 0.0, list[int](), set(keys)
     for step in range(statistics.steps):
         if step in computed:
             anchors = [*anchors, step][-predictor.anchors :]
@@ -94,14 +93,15 @@ class Programme:
         while len(self.best) < count - 1:
             self._grow()
         last = self.steps - 1
-        total, at = (self.best[count - 2] + self.cost[:, last]).min(0)
+        reached = (self.best[count - 2] + self.cost[:, last]).min(0)
+        total, at = float(reached.values), int(reached.indices)
         if not math.isfinite(total):
             raise ValueError(f"{count} of {self.steps} steps cannot keep every gap within {self.gap}")
         keys = [last, self.states[at][-1]]
         for used in range(count - 2, 0, -1):
-            at = self._before(used, int(at))
+            at = self._before(used, at)
             keys.append(self.states[at][-1])
-        return Solution(tuple(reversed(keys)), float(total))
+        return Solution(tuple(reversed(keys)), total)
 
     def _grow(self) -> None:
         """One key step more."""

@@ -50,8 +50,9 @@ class Correction:
         if self.residuals is None or self.about.get("flow"):
             return None
         own, growth = self.profile.sigmas, self.about.get("growth")
-        given = isinstance(growth, list) and len(growth) == len(own) - 1
-        jacobians = [float(g) for g in growth] if given else gaussian_jacobians(own, 1.0, False)
+        jacobians = gaussian_jacobians(own, 1.0, False)
+        if isinstance(growth, list) and len(growth) == len(own) - 1:
+            jacobians = tuple(float(g) for g in growth)
         rows = self.profile.rows_for(sigmas)
         effects = error_effects(tuple(sigmas), [jacobians[row] for row in rows])
         return solved(self.residuals[rows][:, rows], effects, count)
@@ -111,11 +112,11 @@ def moments_of(profile: Profile) -> Moments | None:
 
 def merged(first: Profile, second: Profile, name: str) -> Tensor:
     """The coefficients [n, C, P] of the terms `name` from both profiles' moments together. Raises ProfileError."""
-    tables = [moments_of(profile) for profile in (first, second)]
-    if first.sigmas != second.sigmas or any(t is None for t in tables):
+    one, other = moments_of(first), moments_of(second)
+    if first.sigmas != second.sigmas or one is None or other is None:
         raise ProfileError("only corrections measured over one schedule can be merged")
     try:
-        both = tables[0] + tables[1]
+        both = one + other
     except ValueError as error:
         raise ProfileError(str(error)) from None
     return torch.stack([both.theta(METHODS[name], step) for step in range(first.steps)])

@@ -246,7 +246,7 @@ class Corrector:
         if not fits or max(w for _, w in fits) < 0.5 - 1e-6:
             return None
         total = sum(w for _, w in fits)
-        theta = sum(self.theta[i] * (w / total) for i, w in fits)
+        theta = sum((self.theta[i] * (w / total) for i, w in fits), torch.zeros_like(self.theta[0]))
         return theta if bool((theta != 0).any()) else None
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..forecast.history import parts_of
-from .calls import Keys, Parts, split
+from .calls import Call, Keys, Parts, split
 from .stack import BlockSite
 from .streams import read, read_second, result, result_second, stand_in
 
@@ -24,7 +24,7 @@ class EachSite(BlockSite):
         super().__init__(*args)
         self.textless: set[int] = set()  # blocks that return no text: they read it only, or none is needed after them
 
-    def call(self, keys: Keys) -> EachCall:
+    def call(self, keys: Keys) -> Call:
         return EachCall(self, keys)
 
 

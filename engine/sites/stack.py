@@ -18,7 +18,7 @@ from torch import Tensor
 from ..families import Architecture, Stack
 from ..forecast.history import parts_of
 from ..forecast.schedules import Probe
-from .calls import CURRENT, Asked, Keys, Parts, PatchedForward, split
+from .calls import CURRENT, Asked, Call, Keys, Parts, PatchedForward, split
 from .levels import STACK
 from .streams import read, result, stand_in
 
@@ -90,7 +90,7 @@ class BlockSite:
                     key = (stack.key, index)
                     table[key] = _Replacement((path, index), table.get(key))
 
-    def call(self, keys: Keys) -> BlockCall:
+    def call(self, keys: Keys) -> Call:
         return BlockCall(self, keys)
 
 
@@ -209,6 +209,7 @@ class BlockCall:
     def _forecast(self, stream: Parts) -> Parts:
         """What the last block returns: its stream with the forecast in the place of the image tokens."""
         dim = self.site.row.batch_dim
+        assert self.filled is not None
         value = tuple(torch.cat(column, dim) for column in zip(*self.filled, strict=True))
         if self.base is not None:
             value = tuple(base + residual for base, residual in zip(self.base, value, strict=True))

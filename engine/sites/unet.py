@@ -25,7 +25,7 @@ PLACEHOLDER = 8
 DECODED_AT_ONCE = 8
 
 
-def _layers(network: torch.nn.Module) -> list[tuple[tuple, str]]:
+def _layers(network: Any) -> list[tuple[tuple, str]]:
     """((part, block, layer, is last of its block), path) of all layers in running order."""
     found = []
     parts = [("input", i, f"input_blocks.{i}", block) for i, block in enumerate(network.input_blocks)]
@@ -50,7 +50,7 @@ def patched_forwards(patcher, network: torch.nn.Module, row: Architecture) -> di
 class UNetSite:
     """A U-Net as seen by one run."""
 
-    def __init__(self, run: Asked, network: torch.nn.Module, row: Architecture, depth: int, level: str):
+    def __init__(self, run: Asked, network: Any, row: Architecture, depth: int, level: str):
         self.run = run
         self.level = level
         self.blocks = len(network.output_blocks)
@@ -138,8 +138,11 @@ class DepthCall:
     def _decide(self, shallow: Tensor) -> None:
         run = self.site.run
         gated = run.probe in (Probe.RESIDUAL, Probe.FORECAST)
-        self.probe = (shallow.clone(),) if gated else None
-        self.filled = run.fill(self.keys, split(self.probe, len(self.keys)) if gated else None)
+        chunks = None
+        if gated:
+            self.probe = (shallow.clone(),)
+            chunks = split(self.probe, len(self.keys))
+        self.filled = run.fill(self.keys, chunks)
         if self.filled is not None and self.control is not None:
             skipped = self.site.blocks - 1 - self.site.depth
             _mute(self.control.get("input"))
@@ -202,7 +205,8 @@ def decode_ahead(call: EncoderCall, executor, args: tuple, kwargs: dict, options
         if len(steps) < 2:
             return None
         filled = [run.forecast_at(call.keys, float(s)) for s in steps]
-        if any(f is None for f in filled):
+        whole = [one for one in filled if one is not None]
+        if len(whole) < len(filled):
             return None
         rows = args[0].shape[0]
         times = torch.cat([torch.full_like(args[1], run.timestep(s)) for s in steps])
@@ -212,7 +216,7 @@ def decode_ahead(call: EncoderCall, executor, args: tuple, kwargs: dict, options
         repeated = {**options, **{k: list(options[k]) * len(steps) for k in ("cond_or_uncond", "uuids")}}
         many = [repeated if a is options else a for a in many]
         extra = {k: repeated if v is options else v for k, v in extra.items()}
-        call.decided, call.filled = True, [parts for one in filled for parts in one]
+        call.decided, call.filled = True, [parts for one in whole for parts in one]
         outputs = executor(*many, **extra).chunk(len(steps))
         site.ahead.update({(s, *call.keys): part for s, part in zip(steps, outputs, strict=True)})
         call.decided, call.filled = False, None
