@@ -265,7 +265,7 @@ def test_a_full_disk_leaves_no_half_of_a_report(bench, monkeypatch, tmp_path):
     monkeypatch.setattr(report, "write_whole", full)
     samples = [{"samples": bench.sample(bench.network(), seed=seed)} for seed in (1, 2)]
     with pytest.raises(SlipstreamError, match=r"cannot be written as 'card' \(No space left on device\)"):
-        report.make_report(report.Given(*samples), "card")
+        report.make_report(report.Connected(*samples), "card")
     assert list(tmp_path.iterdir()) == []
 
 

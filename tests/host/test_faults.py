@@ -30,7 +30,8 @@ from slipstream.engine.forecast import history
 from slipstream.engine.run.plan import CacheConfig, CompensatorConfig
 from slipstream.engine.run.run import Run
 from slipstream.host import model as patcher
-from slipstream.host.calibrate import calibrate, recording
+from slipstream.host.calibrate import calibrate
+from slipstream.host.calibrate.job import Job, Wish
 from slipstream.host.compensate import reference
 from slipstream.host.profiles import folder as profiles
 from slipstream.host.quantise import load as quant_load
@@ -143,13 +144,13 @@ def test_h06_h79_a_calibration_that_fails_writes_nothing(lab, folders, monkeypat
     plain, old = lab.sample(lab.flux, steps=8), folders / profiles.FOLDER / NAME
     old.write_bytes(b"old")
     sigmas = comfy.samplers.calculate_sigmas(lab.flux.get_model_object("model_sampling"), "simple", 8)
-    job = recording.Job(
+    job = Job(
         lab.flux, ((emoji.conditioning("hamburger"), 1),), emoji.conditioning(""), 1.0,
         comfy.samplers.sampler_object("euler"), sigmas, {"samples": lab.latent(lab.flux)},
     )  # fmt: skip
     Broken(monkeypatch, owner, function, 1, OutOfMemory)
     with pytest.raises(OutOfMemory), torch.inference_mode():
-        profiles.save("kept", calibrate.calibrate(job, recording.Wish(check=0)))
+        profiles.save("kept", calibrate.calibrate(job, Wish(check=0)))
     assert old.read_bytes() == b"old" and os.listdir(old.parent) == [NAME]
     assert torch.equal(lab.sample(lab.flux, steps=8), plain)
 

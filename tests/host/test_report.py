@@ -20,11 +20,14 @@ from slipstream.engine.errors import SlipstreamError
 from slipstream.engine.run.plan import CacheConfig
 from slipstream.host import gauge
 from slipstream.host.canvas import events
+from slipstream.host.canvas.colours import COLOURS, as_image
 from slipstream.host.model import add_cache
 from slipstream.host.quantise.quantise import QuantWish, quantise
 from slipstream.host.report import card as report_card
 from slipstream.host.report import report
 from slipstream.host.report import runs as report_runs
+from slipstream.host.report.card import draw, marks
+from slipstream.host.report.fewer import fewer_sigmas
 from slipstream.host.report.plain import plain_of
 from slipstream.host.report.report import Connected
 from slipstream.host.report.runs import Sampling
@@ -173,18 +176,18 @@ def test_a_switched_run_is_found_and_told_by_its_models(lab, vae, out):
     numbers = json.loads(text)
     assert [s["evaluations"] for s in numbers["run"]["segments"]] == [2, 6] and len(numbers["rows"]) == 2
     assert "2 of 8 evaluations by a small model" in numbers["verdict"]
-    assert report.marks(numbers["run"]) == {"computed": 6, "small model": 2}
+    assert marks(numbers["run"]) == {"computed": 6, "small model": 2}
 
     def has(card, colour):
         wanted = torch.tensor([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
         return bool(((card[0] - wanted).abs().amax(-1) < 0.01).any())
 
-    assert has(card, report.COLOURS["small model"]) and not has(card, report.COLOURS["remote"])
+    assert has(card, COLOURS["small model"]) and not has(card, COLOURS["remote"])
     trace = numbers["run"]["trace"]
     trace[0].update(action="remote"), trace[3].update(anchor=True), trace[4].update(action="something new")
     numbers["rows"] = [{k: math.inf if v is None else v for k, v in row.items()} for row in numbers["rows"]]
-    marked = report.as_image(report.draw(numbers, []))
-    assert all(has(marked, report.COLOURS[mark]) for mark in ("remote", "anchor", "computed"))
+    marked = as_image(draw(numbers, []))
+    assert all(has(marked, COLOURS[mark]) for mark in ("remote", "anchor", "computed"))
 
 
 def test_a_cancelled_report_writes_nothing_and_leaves_the_strip(lab, out):
@@ -312,13 +315,13 @@ def test_the_verdict_is_one_honest_sentence(error, fewer, seed, speed, sentence)
 def test_fewer_steps_are_those_of_the_same_scheduler(lab, scheduler):
     model = lab.unet
     whole = sigmas(model, 20, scheduler)
-    found, name = report_runs.fewer_sigmas(model, whole, 7)
+    found, name = fewer_sigmas(model, whole, 7)
     assert torch.allclose(found, sigmas(model, 7, scheduler)) and name in comfy.samplers.SCHEDULER_NAMES
     part = sigmas(model, 33, scheduler)[-21:]  # as at denoise 0.6
-    found, name = report_runs.fewer_sigmas(model, part, 7)
+    found, name = fewer_sigmas(model, part, 7)
     assert len(found) == 8 and name != "interpolated" and found[0] == pytest.approx(float(part[0]), rel=0.3)
     own = torch.linspace(5.0, 0.0, 21) ** 1.3
-    found, name = report_runs.fewer_sigmas(model, own, 7)
+    found, name = fewer_sigmas(model, own, 7)
     assert name == "interpolated" and found[0] == own[0] and found[-1] == 0 and bool((found.diff() < 0).all())
 
 
@@ -371,7 +374,7 @@ def test_no_text_of_the_card_lies_on_another_or_outside(shape, monkeypatch):
     }
     picture = torch.rand(*shape, 3).numpy()
     tiles = [report_card.Tile(r["name"], picture * 0.9**i) for i, r in enumerate(rows)]
-    card = report.as_image(report.draw(numbers, tiles))
+    card = as_image(draw(numbers, tiles))
     high, wide = card.shape[1:3]
     assert wide == 1200
     for left, top, right, bottom, words in boxes:
