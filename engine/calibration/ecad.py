@@ -17,7 +17,7 @@ from .search import uniform
 
 CROSSOVER, FLIPS, POINTS = 0.9, 0.05, 4
 
-# A population is this part of all evaluations, so that there are some ten generations; at least all seeds are in it.
+# A population is a tenth of all evaluations, which leaves about ten generations; it always holds every seed.
 GENERATIONS = 10
 
 

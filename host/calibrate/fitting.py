@@ -93,7 +93,7 @@ class Follow:
     _previous: Tensor | None = None
 
     def take(self, now, age: int, x: Tensor, slope: Tensor, ask: Callable[[], Tensor]) -> Tensor:
-        if not self.ages:  # in a switched run the model's turn may come later
+        if not self.ages:  # a switch may give this model its turn after the first steps
             self.ages += [0] * round(now.u)
         step = len(self.ages)
         self.ages.append(age)

@@ -22,6 +22,7 @@ from ...engine.run.plan import CacheConfig, Plan, PredictorConfig
 from ...engine.run.samplers import sampler_traits
 from ..model import plan_of, with_plan
 from ..parts import PROFILE, RECORDER, put_on
+from ..profiles.folder import HANDED
 from ..quantise.make import linears_of
 from .job import NODE, Job, Tell, Wish, silent
 
@@ -112,7 +113,7 @@ def about(job: Job, recorded: Recorded) -> dict:
 def following(model, profile: Profile):
     """The model with its own plan and a profile that is in no file."""
     plan = plan_of(model)
-    cache = dataclasses.replace(plan.cache or CacheConfig(), preset="Balanced", node_id="", profile="(calibration)",
+    cache = dataclasses.replace(plan.cache or CacheConfig(), preset="Balanced", node_id="", profile=HANDED,
                                 drift_budget=1.0, start_percent=0.0, end_percent=1.0)  # fmt: skip
     clone = model.clone()
     put_on(clone, PROFILE, profile)

@@ -292,7 +292,7 @@ def _found(
     named, run_profile = config.profile != profiles.AUTO, profile
     if named:
         profile = profiles.load(config.profile, NODE)
-    elif plan.cache is not None and plan.cache.profile not in ("", profiles.AUTO, "(calibration)"):
+    elif plan.cache is not None and plan.cache.profile not in ("", profiles.AUTO, profiles.HANDED):
         profile = profiles.load(plan.cache.profile, NODE)  # `auto` gives it without its further statistics
     if profile is None:
         return None, ""

@@ -20,6 +20,9 @@ FOLDER = "slipstream_profiles"
 USER_FOLDER = "__slipstream"  # of the user; the host serves no folder whose name starts with two underscores
 NONE, AUTO = CHOICES = "none", "auto"
 
+# The name of a profile that a calibration hands over and that is in no file.
+HANDED = "(calibration)"
+
 
 def register() -> None:
     """Make the folder known to the host, beside its own model folders."""
