@@ -1,8 +1,10 @@
-"""One row per model family: where its block stack is, how its tokens run, and the settings its methods were published
-with. Rows are data: to add a family, add a row. A network without a row is served at the whole-model output.
+"""One row per model family: where its block stack is, how its tokens run, the settings its methods were published with,
+and the names of the rules by which its layers are quantised. Rows are data: to add a family, add a row. A network
+without a row is served at the whole-model output.
 
 The row is chosen by the class names of the network and its bases, nearest first, so that variants (VACE, Camera, ...)
-share the row of the network they extend unless they have their own.
+share the row of the network they extend unless they have their own. Nothing else matches networks: what else differs by
+family is looked up by the names in its row.
 """
 
 from __future__ import annotations
@@ -52,7 +54,10 @@ class Architecture:
     networks: class names of the host's networks, with as much of the module path as tells them apart; stacks: empty
     for U-Nets and for unknown networks; batch_dim: where the batch is in the token stream; modulated: path of the
     first layer that is given the modulated input of block 0; site, method: what `auto` means, and so the presets;
-    budgets: drift budgets of Safe, Balanced and Fast there, where the family has its own.
+    budgets: drift budgets of Safe, Balanced and Fast there, where the family has its own. policy: the set of rules in
+    `quant/policy.py`, "" for the careful one; modulation: the reader of `host/quantise/modulation.py`, "" for none;
+    text_widths: where the host's configuration has the width of the text it reads, the first that is there, with dots
+    between the levels; empty where none tells.
     """
 
     name: str
@@ -65,6 +70,9 @@ class Architecture:
     site: str = "model output"
     method: str = "drift budget"
     budgets: tuple[float, float, float] | None = None
+    policy: str = ""
+    modulation: str = ""
+    text_widths: tuple[str, ...] = ()
 
 
 def _two(double: str = "double_blocks", single: str = "single_blocks") -> tuple[Stack, ...]:
@@ -110,72 +118,97 @@ _FLUX = Published(0.12, (0.13, 1), (6, 3), _TEA_FLUX, (0.24, 0.1, 5, _MAG_FLUX))
 _WAN = Published(0.08, (0.36, 3), (5, 1), _TEA_WAN_14B, (0.24, 0.2, 6, _MAG_WAN_14B))
 _HUNYUAN = Published(0.08, (0.13, 1), (5, 1), _TEA_HUNYUAN, (0.24, 0.2, 6, _MAG_HUNYUAN))
 
-UNKNOWN = Architecture("unknown model")
+_SD3_TEXT = "context_embedder_config.params.in_features"
+
+UNKNOWN = Architecture("unknown model", text_widths=(  # every name that a host's configuration has for it
+    "context_dim", "context_in_dim", "text_dim", "cap_feat_dim", "joint_attention_dim", "crossattn_emb_channels",
+    _SD3_TEXT,
+))  # fmt: skip
 
 ROWS: tuple[Architecture, ...] = (
     # A noise prediction changes less from step to step than a flow model's output (`bench fidelity`, tiny SD1.5).
-    Architecture("Stable Diffusion U-Net", ("UNetModel",), unet=True, budgets=(0.02, 0.04, 0.07)),
+    Architecture("Stable Diffusion U-Net", ("UNetModel",), unet=True, budgets=(0.02, 0.04, 0.07),
+                 policy="Stable Diffusion U-Net", modulation="Stable Diffusion U-Net", text_widths=("context_dim",)),
     Architecture("SD3", ("diffusionmodules.mmdit.MMDiT",), _one("joint_blocks"),
-                 modulated="joint_blocks.0.x_block.attn.qkv"),
-    Architecture("Flux", ("Flux",), _two(), modulated="double_blocks.0.img_attn.qkv", published=_FLUX),
+                 modulated="joint_blocks.0.x_block.attn.qkv", policy="SD3", modulation="SD3", text_widths=(_SD3_TEXT,)),
+    Architecture("Flux", ("Flux",), _two(), modulated="double_blocks.0.img_attn.qkv", published=_FLUX,
+                 policy="Flux", modulation="Flux", text_widths=("context_in_dim",)),
     Architecture("Chroma", ("Chroma",), _two(), modulated="double_blocks.0.img_attn.qkv",
-                 published=Published(0.12, (0.13, 1), (6, 3), _TEA_FLUX, (0.10, 0.25, 2, _MAG_FLUX))),
+                 published=Published(0.12, (0.13, 1), (6, 3), _TEA_FLUX, (0.10, 0.25, 2, _MAG_FLUX)),
+                 policy="Flux", modulation="Chroma", text_widths=("context_in_dim",)),
     Architecture("Qwen-Image", ("QwenImageTransformer2DModel",), _one("transformer_blocks"),
-                 modulated="transformer_blocks.0.attn.to_q", published=Published(0.12)),
+                 modulated="transformer_blocks.0.attn.to_q", published=Published(0.12),
+                 policy="Qwen-Image", modulation="Qwen-Image", text_widths=("joint_attention_dim",)),
     Architecture("Lumina 2 / Z-Image", ("NextDiT",), _one("layers", None, stream="x"),
-                 modulated="layers.0.attention.qkv", published=Published(teacache=_TEA_LUMINA)),
-    Architecture("Wan", ("WanModel",), _one("blocks"), modulated="blocks.0.self_attn.q", published=_WAN),
+                 modulated="layers.0.attention.qkv", published=Published(teacache=_TEA_LUMINA),
+                 policy="Lumina 2 / Z-Image", modulation="Lumina 2 / Z-Image", text_widths=("cap_feat_dim",)),
+    Architecture("Wan", ("WanModel",), _one("blocks"), modulated="blocks.0.self_attn.q", published=_WAN,
+                 policy="Wan", modulation="Wan", text_widths=("text_dim",)),
     Architecture("HunyuanVideo", ("HunyuanVideo",), _two(), modulated="double_blocks.0.img_attn.qkv",
-                 published=_HUNYUAN),
+                 published=_HUNYUAN, policy="Flux", modulation="Flux", text_widths=("context_in_dim",)),
     Architecture("LTXV", ("LTXVModel", "LTXBaseModel"), _one("transformer_blocks"),
-                 modulated="transformer_blocks.0.attn1.to_q", published=Published(teacache=_TEA_LTXV)),
+                 modulated="transformer_blocks.0.attn1.to_q", published=Published(teacache=_TEA_LTXV),
+                 policy="LTXV", modulation="LTXV"),
     Architecture("HiDream", ("HiDreamImageTransformer2DModel",),
                  (Stack("double_stream_blocks", None, "image_tokens", "text_tokens"),
                   Stack("single_stream_blocks", None, "image_tokens", joint=True)),
-                 modulated="double_stream_blocks.0.block.attn1.to_q", published=Published(teacache=_TEA_HIDREAM)),
+                 modulated="double_stream_blocks.0.block.attn1.to_q", published=Published(teacache=_TEA_HIDREAM),
+                 policy="HiDream"),
     Architecture("Cosmos", ("GeneralDIT",), _one("blocks", None, stream="x"), batch_dim=3,
-                 published=Published(teacache=_TEA_COSMOS)),
+                 published=Published(teacache=_TEA_COSMOS), policy="Cosmos", text_widths=("crossattn_emb_channels",)),
     Architecture("Cosmos-Predict2", ("MiniTrainDIT",), _one("blocks", None, stream="x_B_T_H_W_D"),
-                 modulated="blocks.0.self_attn.q_proj"),
-    Architecture("AuraFlow", ("aura.mmdit.MMDiT",), _two("double_layers", "single_layers")),
-    Architecture("PixArt", ("PixArtMS",), _one("blocks", None, stream="x"), modulated="blocks.0.attn.qkv"),
-    Architecture("HunyuanDiT", ("HunYuanDiT",), _one("blocks"), modulated="blocks.0.attn1.Wqkv"),
+                 modulated="blocks.0.self_attn.q_proj",
+                 policy="Cosmos-Predict2", modulation="Cosmos-Predict2", text_widths=("crossattn_emb_channels",)),
+    Architecture("AuraFlow", ("aura.mmdit.MMDiT",), _two("double_layers", "single_layers"),
+                 policy="AuraFlow", modulation="AuraFlow"),
+    Architecture("PixArt", ("PixArtMS",), _one("blocks", None, stream="x"), modulated="blocks.0.attn.qkv",
+                 policy="PixArt", modulation="PixArt"),
+    Architecture("HunyuanDiT", ("HunYuanDiT",), _one("blocks"), modulated="blocks.0.attn1.Wqkv", policy="HunyuanDiT"),
     Architecture("Mochi", ("AsymmDiTJoint",), _one("blocks"), modulated="blocks.0.attn.qkv_x",
-                 published=Published(teacache=_TEA_MOCHI)),
-    Architecture("Hunyuan3D 2", ("hunyuan3d.model.Hunyuan3Dv2",), _two()),
-    Architecture("Stable Audio", ("AudioDiffusionTransformer",), _one("transformer.layers", None)),
-    Architecture("ACE-Step", ("ACEStepTransformer2DModel",), _one("transformer_blocks", None, stream="hidden_states")),
+                 published=Published(teacache=_TEA_MOCHI), policy="Mochi"),
+    Architecture("Hunyuan3D 2", ("hunyuan3d.model.Hunyuan3Dv2",), _two(),
+                 policy="Flux", modulation="Flux", text_widths=("context_in_dim",)),
+    Architecture("Stable Audio", ("AudioDiffusionTransformer",), _one("transformer.layers", None),
+                 policy="Stable Audio"),
+    Architecture("ACE-Step", ("ACEStepTransformer2DModel",), _one("transformer_blocks", None, stream="hidden_states"),
+                 policy="ACE-Step"),
     Architecture("ACE-Step 1.5", ("AceStepConditionGenerationModel",),
-                 _one("decoder.layers", None, stream="hidden_states")),
-    Architecture("Kandinsky 5", ("Kandinsky5",), _one("visual_transformer_blocks", None)),
-    Architecture("Lens", ("LensTransformer2DModel",), _one("transformer_blocks")),
-    Architecture("MageFlow", ("MageFlowTransformer2DModel",), _one("transformer_blocks")),
-    Architecture("JoyImage", ("JoyImageTransformer3DModel",), _one("double_blocks")),
-    Architecture("MiniMax H3", ("MiniMaxH3Model",), _one("blocks")),
-    Architecture("Krea 2", ("SingleStreamDiT",), _one("blocks", None)),
-    Architecture("Ideogram 4", ("Ideogram4Transformer",), _one("layers", None)),
-    Architecture("Ernie Image", ("ErnieImageModel",), _one("layers", None)),
+                 _one("decoder.layers", None, stream="hidden_states"), policy="ACE-Step 1.5"),
+    Architecture("Kandinsky 5", ("Kandinsky5",), _one("visual_transformer_blocks", None), policy="Kandinsky 5"),
+    Architecture("Lens", ("LensTransformer2DModel",), _one("transformer_blocks"), policy="Lens"),
+    Architecture("MageFlow", ("MageFlowTransformer2DModel",), _one("transformer_blocks"),
+                 policy="MageFlow", text_widths=("joint_attention_dim",)),
+    Architecture("JoyImage", ("JoyImageTransformer3DModel",), _one("double_blocks"),
+                 policy="JoyImage", text_widths=("text_dim",)),
+    Architecture("MiniMax H3", ("MiniMaxH3Model",), _one("blocks"), policy="MiniMax H3", text_widths=("text_dim",)),
+    Architecture("Krea 2", ("SingleStreamDiT",), _one("blocks", None), policy="Krea 2"),
+    Architecture("Ideogram 4", ("Ideogram4Transformer",), _one("layers", None), policy="Ideogram 4"),
+    Architecture("Ernie Image", ("ErnieImageModel",), _one("layers", None), policy="Ernie Image"),
     Architecture("CogVideoX", ("CogVideoXTransformer3DModel",),
-                 _one("blocks", None, stream="hidden_states", second="encoder_hidden_states")),
+                 _one("blocks", None, stream="hidden_states", second="encoder_hidden_states"), policy="CogVideoX"),
     Architecture("Boogu", ("BooguTransformer2DModel",),
                  (Stack("double_stream_layers", None, "img_hidden_states", "instruct_hidden_states"),
-                  Stack("single_stream_layers", None, "hidden_states", joint=True))),
-    Architecture("PixelDiT", ("PixDiT_T2I",), _one("patch_blocks", None, second="y")),
+                  Stack("single_stream_layers", None, "hidden_states", joint=True)), policy="Boogu"),
+    Architecture("PixelDiT", ("PixDiT_T2I",), _one("patch_blocks", None, second="y"), policy="PixelDiT"),
     Architecture("Omnigen2", ("OmniGen2Transformer2DModel",), _one("layers", None, stream="hidden_states"),
-                 modulated="layers.0.attn.to_q"),
+                 modulated="layers.0.attn.to_q", policy="Omnigen2"),
 )  # fmt: skip
 
 
 def architecture_of(network: object) -> Architecture:
-    """The row for a network: by its class name, then by its bases'; UNKNOWN where there is none.
+    """The row for a network; UNKNOWN where there is none.
 
     Wrappers the host puts around a network (SD3's signature wrapper, a compiled module) derive from it or hold it as
     `_orig_mod`.
     """
-    network = getattr(network, "_orig_mod", network)
-    for kind in type(network).__mro__:
-        name = f".{kind.__module__}.{kind.__qualname__}"
+    return row_of(type(getattr(network, "_orig_mod", network)))
+
+
+def row_of(kind: type) -> Architecture:
+    """The row for a network's class: by its name, then by its bases'; UNKNOWN where there is none."""
+    for base in kind.__mro__:
+        name = f".{base.__module__}.{base.__qualname__}"
         for row in ROWS:
-            if any(name.endswith("." + network_name) for network_name in row.networks):
+            if any(name.endswith(f".{network}") for network in row.networks):
                 return row
     return UNKNOWN

@@ -1,5 +1,5 @@
-"""Which linear layers of a network are quantised, and how: a row of regular expressions over the host's own layer names
-for each model family. Rows are data: to add a family, add a row. A network without a row gets the careful DEFAULT.
+"""Which linear layers of a network are quantised, and how: named sets of regular expressions over the host's own layer
+names. Rows are data, and the rows of `engine/families.py` name them; a name that none has gives the careful DEFAULT.
 
 Sources, named in each rule's `why`: nunchaku 3a3cc3d and deepcompressor 69f3473 (what published SVDQuant checkpoints
 quantise and skip), TFMQ-DM (what carries the time stays precise), Q-Diffusion (a shortcut's two ranges), MixDQ (the
@@ -43,14 +43,12 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """A family's rules, first match wins; a layer that none matches is kept.
+    """A set of rules, first match wins; a layer that none matches is kept.
 
-    networks: class names of the host's networks, with as much of the module path as tells them apart; smallest_side:
-    layers with fewer inputs or outputs are kept.
+    name: of the first family that has it; smallest_side: layers with fewer inputs or outputs are kept.
     """
 
     name: str
-    networks: tuple[str, ...]
     rules: tuple[Rule, ...]
     smallest_side: int = 0
 
@@ -132,33 +130,32 @@ _OMNI = r"(?:attn\.to_(?:[qkv]|out\.0)|feed_forward\.linear_[123])"
 _REFINERS = r"(?:noise|context|ref_image)_refiner\.\d+\."
 
 ROWS: tuple[Policy, ...] = (
-    Policy("Stable Diffusion U-Net", ("UNetModel",), (
+    Policy("Stable Diffusion U-Net", (
         *_w4(r"(.*transformer_blocks\.\d+\.attn1)\.to_[qkv]", group=r"\1.qkv", why=_SVDQ),
         *_w4(r".*transformer_blocks\.\d+\.attn[12]\.to_out\.0", r".*transformer_blocks\.\d+\.attn2\.to_q",
              r".*transformer_blocks\.\d+\.ff\.net\.0\.proj", why=_SVDQ),
         *_w4(r".*transformer_blocks\.\d+\.ff\.net\.2", why="its input comes from a GEGLU, which is signed (nunchaku)"),
         *_keep(r".*\.attn2\.to_[kv]", why=_TEXT),
     )),
-    Policy("SD3", ("diffusionmodules.mmdit.MMDiT",), (
+    Policy("SD3", (
         *_w4(r"joint_blocks\.\d+\.(?:context|x)_block\.attn2?\.(?:qkv|proj)",
              r"joint_blocks\.\d+\.(?:context|x)_block\.mlp\.fc1"),
         *_gelu(r"(joint_blocks\.\d+\.(?:context|x)_block\.mlp)\.fc2", r"\1.fc1"),
         *_keep(r".*adaLN_modulation.*"),
     )),
-    Policy("Flux", ("Flux",), _FLUX),
-    Policy("Chroma", ("Chroma",), _FLUX),
-    Policy("Qwen-Image", ("QwenImageTransformer2DModel",), (
+    Policy("Flux", _FLUX),
+    Policy("Qwen-Image", (
         *_QWEN,
         *_keep(r"transformer_blocks\.0\.img_mod\.1", why="the first block's modulation: grain at 4 bit (mflux-cv)"),
         *_w4a16(_T + r"(?:img|txt)_mod\.1"),
     )),
-    Policy("Lumina 2 / Z-Image", ("NextDiT",), (
+    Policy("Lumina 2 / Z-Image", (
         *_w8(_REFINERS + _NEXTDIT, why=_REFINER),
         *_w4(r"(layers\.\d+\.feed_forward)\.w[13]", group=r"\1.w13", why=_SVDQ),
         *_w4(r"layers\.\d+\." + _NEXTDIT, why=_SVDQ),
         *_keep(r".*adaLN_modulation.*", why="modulation: 16 bit in nunchaku's Z-Image"),
     )),
-    Policy("Wan", ("WanModel",), (
+    Policy("Wan", (
         *_w4(r"((?:vace_)?blocks\.\d+\.self_attn)\.[qkv]", group=r"\1.qkv"),
         *_w4(r"(?:vace_)?blocks\.\d+\.(?:self_attn\.o|cross_attn\.[qo]|ffn\.0)"),
         *_gelu(r"((?:vace_)?blocks\.\d+\.ffn)\.2", r"\1.0"),
@@ -166,15 +163,14 @@ ROWS: tuple[Policy, ...] = (
         *_w4(r"blocks\.\d+\.audio_cross_attn_wrapper\.audio_cross_attn\.[qo]"),
         *_w8(r"blocks\.\d+\.audio_cross_attn_wrapper\.audio_cross_attn\.[kv]"),
     )),
-    Policy("HunyuanVideo", ("HunyuanVideo",), _FLUX),
-    Policy("LTXV", ("LTXVModel", "LTXBaseModel"), (
+    Policy("LTXV", (
         *_w4(rf"({_T}(?:audio_)?attn1)\.to_[qkv]", group=r"\1.qkv"),
         *_w8(_T + r"(?:audio_)?attn2\.to_[kv]"),
         *_w4(rf"({_T}(?:audio_to_video|video_to_audio)_attn)\.to_[kv]", group=r"\1.kv"),
         *_w4(_T + r"\w*attn[12]?\.(?:to_q|to_out\.0)", _T + r"(?:audio_)?ff\.net\.0\.proj"),
         *_gelu(rf"({_T}(?:audio_)?ff\.net)\.2", r"\1.0.proj"),
     )),
-    Policy("HiDream", ("HiDreamImageTransformer2DModel",), (
+    Policy("HiDream", (
         *_w4(r"((?:double|single)_stream_blocks\.\d+\.block\.attn1)\.to_[qkv]", group=r"\1.qkv"),
         *_w4(r"(double_stream_blocks\.\d+\.block\.attn1)\.to_[qkv]_t", group=r"\1.qkv_t"),
         *_w4(r"(?:double|single)_stream_blocks\.\d+\.block\.attn1\.to_out(?:_t)?"),
@@ -185,7 +181,7 @@ ROWS: tuple[Policy, ...] = (
         *_keep(r".*adaLN_modulation.*"),
     )),
     # The released networks all have the blocks self-attention, cross-attention, MLP in this order ("FA-CA-MLP").
-    Policy("Cosmos", ("GeneralDIT",), (
+    Policy("Cosmos", (
         *_w4(r"(blocks\.block\d+\.blocks\.0\.block\.attn)\.to_[qkv]\.0", group=r"\1.qkv"),
         *_w8(r"blocks\.block\d+\.blocks\.1\.block\.attn\.to_[kv]\.0"),
         *_w4(r"blocks\.block\d+\.blocks\.[01]\.block\.attn\.to_(?:q|out)\.0",
@@ -193,27 +189,27 @@ ROWS: tuple[Policy, ...] = (
         *_gelu(r"(blocks\.block\d+\.blocks\.2\.block)\.layer2", r"\1.layer1"),
         *_keep(r".*adaLN_modulation.*"),
     )),
-    Policy("Cosmos-Predict2", ("MiniTrainDIT",), (
+    Policy("Cosmos-Predict2", (
         *_w4(r"(blocks\.\d+\.self_attn)\.[qkv]_proj", group=r"\1.qkv"),
         *_w8(r"blocks\.\d+\.cross_attn\.[kv]_proj"),
         *_w4(r"blocks\.\d+\.(?:self|cross)_attn\.(?:q|output)_proj", r"blocks\.\d+\.mlp\.layer1"),
         *_gelu(r"(blocks\.\d+\.mlp)\.layer2", r"\1.layer1"),
         *_keep(r".*adaln_modulation.*"),
     )),
-    Policy("AuraFlow", ("aura.mmdit.MMDiT",), (
+    Policy("AuraFlow", (
         *_w4(r"((?:double|single)_layers\.\d+\.attn\.w[12])[qkv]", group=r"\1qkv"),
         *_w4(r"(?:double|single)_layers\.\d+\.attn\.w[12]o"),
         *_w4(r"((?:double|single)_layers\.\d+\.mlp[CX]?)\.c_fc[12]", group=r"\1.c_fc12"),
         *_w4(r"(?:double|single)_layers\.\d+\.mlp[CX]?\.c_proj"),
         *_keep(r".*\.mod(?:C|X|CX)\.1"),
     )),
-    Policy("PixArt", ("PixArtMS",), (
+    Policy("PixArt", (
         *_w4(r"blocks\.\d+\.attn\.(?:qkv|proj)", r"blocks\.\d+\.cross_attn\.(?:q_linear|proj)",
              r"blocks\.\d+\.mlp\.fc1", why="as in deepcompressor's PixArt"),
         *_gelu(r"(blocks\.\d+\.mlp)\.fc2", r"\1.fc1"),
         *_keep(r"blocks\.\d+\.cross_attn\.kv_linear", why="deepcompressor skips it (attn_add)"),
     )),
-    Policy("HunyuanDiT", ("HunYuanDiT",), (
+    Policy("HunyuanDiT", (
         *_w4(r"blocks\.\d+\.attn1\.(?:Wqkv|out_proj)", r"blocks\.\d+\.attn2\.(?:q_proj|out_proj)",
              r"blocks\.\d+\.mlp\.fc1"),
         *_gelu(r"(blocks\.\d+\.mlp)\.fc2", r"\1.fc1"),
@@ -221,29 +217,28 @@ ROWS: tuple[Policy, ...] = (
         *_w8(r"blocks\.\d+\.skip_linear", why="a shortcut: two ranges side by side along K (Q-Diffusion)"),
         *_keep(r".*default_modulation.*"),
     )),
-    Policy("Mochi", ("AsymmDiTJoint",), (
+    Policy("Mochi", (
         *_w4(r"blocks\.\d+\.attn\.(?:qkv|proj)_[xy]", r"blocks\.\d+\.mlp_[xy]\.w[12]"),
         *_keep(r"blocks\.\d+\.mod_[xy]"),
     )),
-    Policy("Hunyuan3D 2", ("hunyuan3d.model.Hunyuan3Dv2",), _FLUX),
-    Policy("Stable Audio", ("AudioDiffusionTransformer",), (
+    Policy("Stable Audio", (
         *_w4(r"transformer\.layers\.\d+\.self_attn\.to_(?:qkv|out)",
              r"transformer\.layers\.\d+\.cross_attn\.to_(?:q|out)",
              r"transformer\.layers\.\d+\.ff\.ff\.(?:0\.proj|2)", why=f"{_LIKE}; its MLP is gated by a SiLU"),
         *_w8(r"transformer\.layers\.\d+\.cross_attn\.to_kv"),
     )),
-    Policy("ACE-Step", ("ACEStepTransformer2DModel",), (
+    Policy("ACE-Step", (
         *_w4(rf"({_T}attn)\.to_[qkv]", group=r"\1.qkv"),
         *_w8(_T + r"cross_attn\.to_[kv]"),
         *_w4(_T + r"(?:cross_)?attn\.to_(?:q|out\.0)"),
     )),
-    Policy("ACE-Step 1.5", ("AceStepConditionGenerationModel",), (
+    Policy("ACE-Step 1.5", (
         *_w4(r"(decoder\.layers\.\d+\.self_attn)\.[qkv]_proj", group=r"\1.qkv"),
         *_w8(r"decoder\.layers\.\d+\.cross_attn\.[kv]_proj"),
         *_w4(r"decoder\.layers\.\d+\.(?:self|cross)_attn\.[qo]_proj", r"decoder\.layers\.\d+\.mlp\.down_proj"),
         *_w4(r"(decoder\.layers\.\d+\.mlp)\.(?:gate|up)_proj", group=r"\1.gate_up"),
     )),
-    Policy("Kandinsky 5", ("Kandinsky5",), (
+    Policy("Kandinsky 5", (
         *_w8(r"text_transformer_blocks\.\d+\.(?:self_attention|feed_forward)\.\w+", why=_REFINER),
         *_w4(r"(visual_transformer_blocks\.\d+\.self_attention)\.to_(?:query|key|value)", group=r"\1.qkv"),
         *_w8(r"visual_transformer_blocks\.\d+\.cross_attention\.to_(?:key|value)"),
@@ -252,43 +247,43 @@ ROWS: tuple[Policy, ...] = (
         *_gelu(r"(visual_transformer_blocks\.\d+\.feed_forward)\.out_layer", r"\1.in_layer"),
         *_keep(r".*modulation.*"),
     )),
-    Policy("Lens", ("LensTransformer2DModel",), (
+    Policy("Lens", (
         *_w4(_T + r"attn\.(?:(?:img|txt)_qkv|to_out\.0|to_add_out)", _T + r"(?:img|txt)_mlp\.w2"),
         *_w4(rf"({_T}(?:img|txt)_mlp)\.w[13]", group=r"\1.w13"),
         *_keep(_T + r"(?:img|txt)_mod\.1"),
     )),
-    Policy("MageFlow", ("MageFlowTransformer2DModel",), (*_QWEN, *_keep(_T + r"(?:img|txt)_mod\.1"))),
-    Policy("JoyImage", ("JoyImageTransformer3DModel",), (
+    Policy("MageFlow", (*_QWEN, *_keep(_T + r"(?:img|txt)_mod\.1"))),
+    Policy("JoyImage", (
         *_w4(_D + r"attn\.(?:img|txt)_attn_(?:qkv|proj)", _D + r"(?:img|txt)_mlp\.net\.0\.proj"),
         *_gelu(rf"({_D}(?:img|txt)_mlp\.net)\.2", r"\1.0.proj"),
     )),
-    Policy("MiniMax H3", ("MiniMaxH3Model",), (
+    Policy("MiniMax H3", (
         *_w8(r"token_refiner\.blocks\.\d+\.(?:attn|mlp)\.\w+", why=_REFINER),
         *_w4(r"blocks\.\d+\.attn\.(?:qkv|out)_proj", r"blocks\.\d+\.mlp\.fc[12]"),
         *_keep(r".*adaln_proj.*"),
     )),
-    Policy("Krea 2", ("SingleStreamDiT",), (
+    Policy("Krea 2", (
         *_w4(r"(blocks\.\d+\.attn)\.(?:w[qkv]|gate)", group=r"\1.qkvg"),
         *_w4(r"(blocks\.\d+\.mlp)\.(?:gate|up)", group=r"\1.gate_up"),
         *_w4(r"blocks\.\d+\.(?:attn\.wo|mlp\.down)"),
     )),
-    Policy("Ideogram 4", ("Ideogram4Transformer",), (
+    Policy("Ideogram 4", (
         *_w4(r"(layers\.\d+\.feed_forward)\.w[13]", group=r"\1.w13"),
         *_w4(r"layers\.\d+\.(?:attention\.(?:qkv|o)|feed_forward\.w2)"),
         *_keep(r".*adaln_modulation"),
     )),
-    Policy("Ernie Image", ("ErnieImageModel",), (
+    Policy("Ernie Image", (
         *_w4(r"(layers\.\d+\.self_attention)\.to_[qkv]", group=r"\1.qkv"),
         *_w4(r"(layers\.\d+\.mlp)\.(?:gate|up)_proj", group=r"\1.gate_up"),
         *_w4(r"layers\.\d+\.(?:self_attention\.to_out\.0|mlp\.linear_fc2)"),
     )),
-    Policy("CogVideoX", ("CogVideoXTransformer3DModel",), (
+    Policy("CogVideoX", (
         *_w4(r"(blocks\.\d+)\.[qkv]", group=r"\1.qkv"),
         *_w4(r"blocks\.\d+\.(?:attn_out|ff_proj)"),
         *_gelu(r"(blocks\.\d+)\.ff_out", r"\1.ff_proj"),
         *_keep(r"blocks\.\d+\.norm[12]\.linear"),
     )),
-    Policy("Boogu", ("BooguTransformer2DModel",), (
+    Policy("Boogu", (
         *_w8(_REFINERS + _OMNI, why=_REFINER),
         *_w4(r"((?:double|single)_stream_layers\.\d+\.(?:img_self_)?attn)\.to_[qkv]", group=r"\1.qkv"),
         *_w4(r"(double_stream_layers\.\d+\.img_instruct_attn\.processor\.(?:img|instruct))_to_[qkv]",
@@ -298,12 +293,12 @@ ROWS: tuple[Policy, ...] = (
              r"double_stream_layers\.\d+\.img_instruct_attn\.processor\.(?:img|instruct)_out"),
         *_keep(r".*norm\d\.linear"),
     )),
-    Policy("PixelDiT", ("PixDiT_T2I",), (
+    Policy("PixelDiT", (
         *_w4(r"patch_blocks\.\d+\.attn\.(?:qkv|proj)_[xy]", r"patch_blocks\.\d+\.mlp_[xy]\.w2"),
         *_w4(r"(patch_blocks\.\d+\.mlp_[xy])\.w[13]", group=r"\1.w13"),
         *_keep(r".*adaLN_modulation.*"),
     )),
-    Policy("Omnigen2", ("OmniGen2Transformer2DModel",), (
+    Policy("Omnigen2", (
         *_w8(_REFINERS + _OMNI, why=_REFINER),
         *_w4(r"(layers\.\d+\.attn)\.to_[qkv]", group=r"\1.qkv"),
         *_w4(r"(layers\.\d+\.feed_forward)\.linear_[13]", group=r"\1.linear_13"),
@@ -314,7 +309,7 @@ ROWS: tuple[Policy, ...] = (
 
 _CAREFUL = "an unknown network, and this name sounds like embedding, time, modulation, norm, router or last layer"
 DEFAULT = Policy(
-    "unknown network", (),
+    "unknown network",
     (
         *_keep(r"(?i:.*(?:embed|emb[._]|time|adaln|modul|(?:^|[._])mod[._]|norm|final|last).*)",
                r"(?:.*\.)?(?:gate|router|mapper(?:_\w+)?)", why=_CAREFUL),
@@ -325,16 +320,9 @@ DEFAULT = Policy(
 )  # fmt: skip
 
 
-def policy_for(class_names: Sequence[str]) -> Policy:
-    """The row for a network, else DEFAULT.
-
-    class_names: `module.qualname` of its class and that one's bases, nearest first.
-    """
-    for name in class_names:
-        for row in ROWS:
-            if any(f".{name}".endswith(f".{network}") for network in row.networks):
-                return row
-    return DEFAULT
+def policy_for(name: str) -> Policy:
+    """The set of rules of that name, as a family's row has it; DEFAULT for any other."""
+    return next((row for row in ROWS if row.name == name), DEFAULT)
 
 
 # A search may try every way to share a name out over the repeats, and every way again for a repeat of a repeat.

@@ -540,6 +540,18 @@ FAMILIES: dict[str, Family] = {
     ),
 }  # fmt: skip
 
+# Row of the table of families -> the model that its test builds; variants of a family need no entry.
+OF_ROW: dict[str, str] = {
+    "Stable Diffusion U-Net": "sd15", "SD3": "sd3", "Flux": "flux", "Chroma": "chroma", "Qwen-Image": "qwen_image",
+    "Lumina 2 / Z-Image": "lumina2", "Wan": "wan21", "HunyuanVideo": "hunyuan_video", "LTXV": "ltxv",
+    "HiDream": "hidream", "Cosmos": "cosmos", "Cosmos-Predict2": "cosmos_predict2", "AuraFlow": "auraflow",
+    "PixArt": "pixart", "HunyuanDiT": "hydit", "Mochi": "mochi", "Hunyuan3D 2": "hunyuan3d2",
+    "Stable Audio": "stable_audio", "ACE-Step": "ace_step", "ACE-Step 1.5": "ace_step15", "Kandinsky 5": "kandinsky5",
+    "Lens": "lens", "MageFlow": "mage_flow", "JoyImage": "joyimage", "MiniMax H3": "minimax_h3", "Krea 2": "krea2",
+    "Ideogram 4": "ideogram4", "Ernie Image": "ernie", "CogVideoX": "cogvideox", "Boogu": "boogu",
+    "PixelDiT": "pixeldit", "Omnigen2": "omnigen2",
+}  # fmt: skip
+
 # Small enough in the sizes that the host's own detection accepts: these go through a file and the stock loader. All
 # other families have widths or block counts there that it takes for granted.
 LOADED: dict[str, Family] = {
@@ -563,6 +575,7 @@ LOADED: dict[str, Family] = {
         "LTXV", dict(image_model="ltxv", num_layers=3, attention_head_dim=4, cross_attention_dim=128),
         (1, 128, 3, 4, 4), (20, 4096), _masked,
     ),
+    "minimax_h3 file": FAMILIES["minimax_h3"],
 }  # fmt: skip
 
 NOT_TINY: dict[str, str] = {
@@ -575,9 +588,9 @@ NOT_TINY: dict[str, str] = {
 FILED = ("pos_embed", "rotary_pos_emb.inv_freq", "rope.inv_freq", "positive_conditioning", "negative_conditioning")
 
 
-def available() -> list[str]:
+def available(table: dict[str, Family] = FAMILIES) -> list[str]:
     """The families this host has, in the table's order."""
-    return [name for name, family in FAMILIES.items() if hasattr(comfy.supported_models, family.supported)]
+    return [name for name, family in table.items() if hasattr(comfy.supported_models, family.supported)]
 
 
 def _weights(network: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Sequence
 
 import comfy.model_management
 import comfy.model_patcher
@@ -139,6 +140,23 @@ class Lab:
             yield runs
         finally:
             hook.remove()
+
+
+def runs_below(model, paths: str | Sequence[str], action) -> int:
+    """How often the parameterised leaves below these modules run during `action`."""
+    network, counted = model.model.diffusion_model, []
+    modules = [network.get_submodule(path) for path in ([paths] if isinstance(paths, str) else paths)]
+    leaves = [leaf for module in modules for leaf in module.modules() if not list(leaf.children())]
+    hooks = [
+        leaf.register_forward_pre_hook(lambda *_: counted.append(1))
+        for leaf in leaves if list(leaf.parameters(recurse=False))
+    ]  # fmt: skip
+    try:
+        action()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return len(counted)
 
 
 def relative(value: torch.Tensor, reference: torch.Tensor) -> float:

@@ -191,16 +191,21 @@ class Chosen:
 
 def chosen(network: torch.nn.Module) -> dict[str, Chosen]:
     """By name; to be asked before anything is quantised, for the host exchanges the network's modules."""
+    from slipstream.engine.families import architecture_of
     from slipstream.quant import policy
 
     layers = {name: m for name, m in network.named_modules() if isinstance(m, torch.nn.Linear)}
     shapes = {name: tuple(m.weight.shape) for name, m in layers.items()}
-    plan = policy.plan(shapes, policy.policy_for(classes(network)), "", policy.LIMITS)
+    plan = policy.plan(shapes, policy.policy_for(architecture_of(network).policy), "", policy.LIMITS)
     return {n: Chosen(layers[n], c.group, c.after_gelu) for n, c in plan.items() if c.treatment == "w4a4"}
 
 
-def classes(network: torch.nn.Module) -> list[str]:
-    return [f"{kind.__module__}.{kind.__qualname__}" for kind in type(network).__mro__]
+def spans_of(network: torch.nn.Module) -> dict[str, Tensor]:
+    """What the network's modulation tells of the inputs of its layers, by name."""
+    from slipstream.engine.families import architecture_of
+    from slipstream.host.quantise import modulation
+
+    return modulation.spans(network, architecture_of(network).modulation)
 
 
 def layers_of(choices: dict[str, Chosen], method: Method, seen: dict, spans: dict[str, Tensor]) -> dict:
@@ -326,7 +331,6 @@ def scenes() -> list[tuple[str, Callable, str, int, bool]]:
 def whole_models(only: Callable[[str], bool] = lambda name: True) -> list[dict]:
     """One row per model and method."""
     from slipstream.engine.metrics import relative_error
-    from slipstream.host.quantise import modulation
 
     rows = []
     plain: dict[str, Tensor] = {}
@@ -347,7 +351,7 @@ def whole_models(only: Callable[[str], bool] = lambda name: True) -> list[dict]:
             raise SystemExit(f"The outliers of {name} changed the model's pictures by {changed:.1e}.")
         network = model.model.diffusion_model
         choices = chosen(network)
-        seen, spans = calibration(model, sample), modulation.spans(network, classes(network))
+        seen, spans = calibration(model, sample), spans_of(network)
         for method in methods():
             if brief and not method.brief:
                 continue
@@ -371,7 +375,7 @@ def crossing(magnitudes: tuple[int, ...] = CROSSING) -> list[dict]:
         network = model.model.diffusion_model
         put_outliers(network, magnitude)
         full = run_in_full(model, sampler(model, "simple"))
-        choices, spans = chosen(network), modulation.spans(network, classes(network))
+        choices, spans = chosen(network), spans_of(network)
         stand_out = sorted(modulation.prominence(spans[name]) for name in choices if name in spans)
         plain, smoothed = (replayed(network, layers_of(choices, method, {}, spans), full) for method in pair)
         rows.append({

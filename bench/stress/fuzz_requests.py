@@ -255,6 +255,6 @@ class Plans(Target):
                 assert file is None or ("/" not in file and "\\" not in file and not file.startswith(".")), file
             else:
                 parse_overrides(name)
-                plan(names, Policy("none", (), ()), name)
+                plan(names, Policy("none", ()), name)
 
         return run

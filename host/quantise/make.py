@@ -17,6 +17,7 @@ from comfy.patcher_extension import CallbacksMP
 from torch import Tensor
 
 from ...engine.errors import SlipstreamError
+from ...engine.families import Architecture, row_of
 from ...quant import policy
 from ...quant.calibration import Statistics
 from ...quant.formats import FORMATS, GROUP_SIZE, QuantisedLinear
@@ -203,7 +204,7 @@ class Plan:
 def classified(model, overrides: str = "") -> dict[str, Choice]:
     """What the policy of the network's family says of every linear layer. Raises ValueError for bad overrides."""
     shapes = {name: (module.out_features, module.in_features) for name, module in linears_of(model).items()}
-    return policy.plan(shapes, policy.policy_for(_classes(model)), overrides, policy.LIMITS)
+    return policy.plan(shapes, policy.policy_for(_row(model).policy), overrides, policy.LIMITS)
 
 
 def planned(model, wish: QuantWish) -> Plan:
@@ -231,15 +232,14 @@ def planned(model, wish: QuantWish) -> Plan:
     return plan
 
 
-def _classes(model) -> list[str]:
-    """The names of the network's class and its bases, nearest first."""
-    network = model.get_model_object("diffusion_model")
-    return [f"{kind.__module__}.{kind.__qualname__}" for kind in type(network).__mro__]
+def _row(model) -> Architecture:
+    """Of the network's class as it stands: below a wrapper the layers have other names than the rules expect."""
+    return row_of(type(model.get_model_object("diffusion_model")))
 
 
 def without_data(model) -> dict[str, Statistics]:
     """What the network's norms and modulation tell of a layer's input, of the layers where that is worth smoothing."""
-    found = outstanding(spans(model.get_model_object("diffusion_model"), _classes(model)))
+    found = outstanding(spans(model.get_model_object("diffusion_model"), _row(model).modulation))
     return {name: Statistics(span) for name, span in found.items()}
 
 

@@ -2,7 +2,8 @@
 
 A layer behind a modulated norm gets `norm(x) (1 + scale(t)) + shift(t)`: the norm makes every channel about as large as
 the next, so what is large comes from scale and shift, and those are in the network's small time layers. The result is
-the data-free smoothing of `quant/smooth.py`. Families are rows of FAMILIES, read in ComfyUI 0.3.75 and 0.33.0.
+the data-free smoothing of `quant/smooth.py`. READERS has one function per way to modulate, read in ComfyUI 0.3.75 and
+0.33.0; the rows of `engine/families.py` name them.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 
+from ...engine.errors import SlipstreamError
 from ...quant.smooth import modulation_span
 
 log = logging.getLogger("slipstream")
@@ -43,24 +46,28 @@ STANDS_OUT = 3.0
 Block = tuple[str, nn.Module, Tensor | None, tuple[Site, ...]]
 
 
-def spans(network: nn.Module, class_names: Sequence[str], times: int = TIMES) -> dict[str, Tensor]:
+# What a network of another build than its reader expects can raise while it is read.
+OTHER_BUILD = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
+
+def spans(network: nn.Module, reader: str, times: int = TIMES) -> dict[str, Tensor]:
     """Layer name -> float32 (K,), on the CPU: `modulation_span` of what stands before the layer.
 
-    class_names: `module.qualname` of the network's class and its bases, nearest first; times: how many, evenly over the
-    schedule. Pooled prompts count as zero. Only time and modulation layers are called, each where its weights lie.
-    Layers without a modulated or weighted norm before them are missing; a family without a row, or a network of another
-    build than its row, gives {}.
+    reader: a name of READERS; times: how many, evenly over the schedule. Pooled prompts count as zero. Only time and
+    modulation layers are called, each where its weights lie. Layers without a modulated or weighted norm before them
+    are missing; a name that READERS lacks, or a network of another build than its reader's, gives {}.
     """
-    for name in class_names:
-        for network_name, family in FAMILIES.items():
-            if f".{name}".endswith(f".{network_name}"):
-                try:
-                    with torch.inference_mode(False), torch.no_grad():
-                        return dict(_found(family(network, torch.linspace(1, 1 / times, times))))
-                except Exception as error:  # of a network that only looks like the row's: smoothing is an extra
-                    log.debug("no spans read from the modulation of %s: %s: %s", name, type(error).__name__, error)
-                    return {}
-    return {}
+    if reader not in READERS:
+        return {}
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            return dict(_found(READERS[reader](network, torch.linspace(1, 1 / times, times))))
+    except OTHER_BUILD as error:  # smoothing is an extra
+        # a name that torch or this file lacks is a mistake here
+        if isinstance(error, SlipstreamError) or isinstance(getattr(error, "obj", None), ModuleType | Site):
+            raise
+        log.debug("no spans read from the modulation of %s: %s: %s", reader, type(error).__name__, error)
+        return {}
 
 
 def outstanding(found: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -305,18 +312,16 @@ def _unet(network: nn.Module, times: Tensor) -> Iterator[Block]:
             yield f"{name}.", block, None, _TRANSFORMER
 
 
-FAMILIES: dict[str, Callable[[nn.Module, Tensor], Iterator[Block]]] = {
-    "UNetModel": _unet,
-    "diffusionmodules.mmdit.MMDiT": _sd3,
+READERS: dict[str, Callable[[nn.Module, Tensor], Iterator[Block]]] = {
+    "Stable Diffusion U-Net": _unet,
+    "SD3": _sd3,
     "Flux": _flux,
     "Chroma": _chroma,
-    "QwenImageTransformer2DModel": _qwen,
-    "NextDiT": _nextdit,
-    "WanModel": _wan,
-    "HunyuanVideo": _flux,
-    "hunyuan3d.model.Hunyuan3Dv2": _flux,
-    "LTXVModel": _ltxv,
-    "MiniTrainDIT": _predict2,
-    "aura.mmdit.MMDiT": _aura,
-    "PixArtMS": _pixart,
+    "Qwen-Image": _qwen,
+    "Lumina 2 / Z-Image": _nextdit,
+    "Wan": _wan,
+    "LTXV": _ltxv,
+    "Cosmos-Predict2": _predict2,
+    "AuraFlow": _aura,
+    "PixArt": _pixart,
 }

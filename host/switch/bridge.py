@@ -10,6 +10,7 @@ from comfy.model_patcher import ModelPatcher
 
 from ...engine.coordinates import FLOW, VARIANCE_EXPLODING, Coordinates, level_in
 from ...engine.errors import SlipstreamError
+from ...engine.families import architecture_of
 from .segments import NODE
 
 # Kinds of prediction that go from one picture to another, or are scaled in a way of their own; hosts know some of them.
@@ -18,9 +19,6 @@ _OTHERS = tuple(
     for name in ("IMG_TO_IMG", "IMG_TO_IMG_FLOW", "V_PREDICTION_DDPM")
     if hasattr(sampling, name)
 )
-
-# Where a model's configuration has the width of the text it reads, for families whose text reaches it as it is.
-_WIDTHS = ("context_dim", "context_in_dim", "text_dim", "cap_feat_dim", "joint_attention_dim", "crossattn_emb_channels")
 
 # A noise level may be above a model's largest by rounding, and by as much as nobody sees.
 RANGE = 1.01
@@ -111,11 +109,13 @@ def check_range(first, second, sigmas: Sequence[float], begin: int, end: int) ->
 
 def text_width(patcher) -> int | None:
     """The width of the text that a model reads; None where its configuration does not tell."""
-    config: Mapping = patcher.model.model_config.unet_config
-    found = next((config[key] for key in _WIDTHS if isinstance(config.get(key), int)), None)
-    if found is None and isinstance(config.get("context_embedder_config"), dict):
-        return config["context_embedder_config"].get("params", {}).get("in_features")
-    return found
+    for path in architecture_of(patcher.get_model_object("diffusion_model")).text_widths:
+        found = patcher.model.model_config.unet_config
+        for key in path.split("."):
+            found = found.get(key) if isinstance(found, Mapping) else None
+        if isinstance(found, int):
+            return found
+    return None
 
 
 def check_width(first, second, conds: Mapping[str, list[dict]], own: bool) -> None:

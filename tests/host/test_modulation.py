@@ -10,6 +10,8 @@ import pytest
 import torch
 from slipstream.demo import emoji
 from slipstream.engine.calibration.recorder import Activations
+from slipstream.engine.errors import SlipstreamError
+from slipstream.engine.families import architecture_of
 from slipstream.host.quantise import modulation
 from slipstream.host.quantise.make import linears_of
 
@@ -36,12 +38,8 @@ ROWS = [
 ]  # fmt: skip
 
 
-def classes(network: torch.nn.Module) -> list[str]:
-    return [f"{kind.__module__}.{kind.__qualname__}" for kind in type(network).__mro__]
-
-
 def spans(network: torch.nn.Module, **options) -> dict[str, torch.Tensor]:
-    return modulation.spans(network, classes(network), **options)
+    return modulation.spans(network, architecture_of(network).modulation, **options)
 
 
 def louder(network: torch.nn.Module, pattern: str) -> bool:
@@ -115,10 +113,30 @@ def test_weights_of_other_dtypes_give_the_same_spans(name, dtype):
 
 def test_unknown_networks_and_networks_of_another_build_give_none():
     network = families.make("flux").model.diffusion_model
-    assert modulation.spans(network, ["somewhere.Else"]) == {}
-    assert modulation.spans(torch.nn.Linear(4, 4), ["comfy.ldm.flux.model.Flux"]) == {}
+    assert modulation.spans(network, "") == modulation.spans(network, "somewhere else") == {}
+    assert modulation.spans(torch.nn.Linear(4, 4), "Flux") == {}
     network.single_blocks[0].modulation.lin = torch.nn.Linear(64, 65)  # not in three parts
     assert spans(network) == {}
+    network.time_in = None
+    assert spans(network) == {}
+
+
+def test_a_mistake_in_a_reader_is_not_taken_for_another_build(monkeypatch):
+    def misspelt(network, times):
+        yield torch.linspaces(times)
+
+    def unnamed(network, times):
+        yield tims  # noqa: F821
+
+    def refusing(network, times):
+        raise SlipstreamError("a layer's sentence")
+        yield
+
+    network = families.make("flux").model.diffusion_model
+    for reader, error in ((misspelt, AttributeError), (unnamed, NameError), (refusing, SlipstreamError)):
+        monkeypatch.setitem(modulation.READERS, "Flux", reader)
+        with pytest.raises(error):
+            spans(network)
 
 
 def test_only_spans_with_outliers_are_worth_smoothing():

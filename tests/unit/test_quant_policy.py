@@ -19,7 +19,7 @@ from slipstream.quant.policy import (
     protection_reasons,
 )
 
-FLUX = policy_for(["comfy.ldm.flux.model.Flux"])
+FLUX = policy_for("Flux")
 BLOCK = {
     "img_in": (3072, 64),
     "time_in.in_layer": (3072, 256),
@@ -30,7 +30,7 @@ BLOCK = {
     "single_blocks.0.linear2": (3072, 15360),
     "final_layer.linear": (64, 3072),
 }
-UNET = policy_for(["comfy.ldm.modules.diffusionmodules.openaimodel.UNetModel"])
+UNET = policy_for("Stable Diffusion U-Net")
 
 
 def test_rules_are_well_formed():
@@ -43,26 +43,11 @@ def test_rules_are_well_formed():
             assert ("\\1" in rule.group + rule.feeder) == (compiled.groups > 0)
 
 
-def test_names_and_networks_are_unique():
-    names = [row.name for row in (*ROWS, DEFAULT)]
-    networks = [network for row in ROWS for network in row.networks]
-    assert len(set(names)) == len(names) and len(set(networks)) == len(networks)
-
-
-@pytest.mark.parametrize(
-    ("classes", "name"),
-    [
-        (["comfy.ldm.flux.model.Flux"], "Flux"),
-        (["comfy.ldm.chroma_radiance.model.ChromaRadiance", "comfy.ldm.chroma.model.Chroma"], "Chroma"),
-        (["comfy.ldm.modules.diffusionmodules.mmdit.MMDiT"], "SD3"),
-        (["comfy.ldm.aura.mmdit.MMDiT"], "AuraFlow"),
-        (["comfy.ldm.wan.model.VaceWanModel", "comfy.ldm.wan.model.WanModel", "torch.nn.Module"], "Wan"),
-        (["comfy.ldm.flux.model.NotFlux"], "unknown network"),
-        ([], "unknown network"),
-    ],
-)
-def test_a_row_is_found_by_class_names_nearest_first(classes, name):
-    assert policy_for(classes).name == name
+def test_a_set_is_found_by_its_name_and_any_other_name_gives_the_default():
+    names = [row.name for row in ROWS]
+    assert len(set(names)) == len(names)
+    assert [policy_for(name) for name in names] == list(ROWS)
+    assert all(policy_for(name) is DEFAULT for name in ("", "flux", DEFAULT.name, "comfy.ldm.flux.model.Flux"))
 
 
 def test_flux_is_planned_as_published():
