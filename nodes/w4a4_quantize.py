@@ -7,7 +7,8 @@ from comfy_api.latest import io
 
 from ..host.canvas.events import show
 from ..host.profiles import folder as profiles
-from ..host.quantise.quantise import CHOICES, FIRST_RUN, QuantWish, quantise, summary
+from ..host.quantise.choose import FIRST_RUN, QuantWish
+from ..host.quantise.quantise import CHOICES, quantise, summary
 from .schema import schema, widget
 
 BITS = {"4 bit": 4, "8 bit": 8, "16 bit": 16}

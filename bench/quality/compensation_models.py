@@ -163,9 +163,10 @@ def seen_inputs(lab: Lab, names) -> dict:
 
 def quantised_models(lab: Lab) -> dict[str, object]:
     """Every quantiser's model, and the last one's with a tenth of its weights in 8 bit, the worst layers first."""
+    from slipstream.host.quantise.choose import QuantWish
     from slipstream.host.quantise.loras import PREFIX, original
-    from slipstream.host.quantise.make import Quantised, place
-    from slipstream.host.quantise.quantise import QuantWish, quantise, quantised
+    from slipstream.host.quantise.placed import Quantised, place
+    from slipstream.host.quantise.quantise import quantise, quantised
     from slipstream.quant.layer import METHODS, output_error, quantise_linear, with_spec
     from slipstream.quant.linear import W4A4Linear
     from slipstream.quant.rotate import rotation_size

@@ -251,7 +251,8 @@ def peak() -> float:
 def host_rows() -> list[dict]:
     """The trained small models quantised by the host's node, scored like the methods."""
     from slipstream.demo import emoji
-    from slipstream.host.quantise.quantise import QuantWish, quantise
+    from slipstream.host.quantise.choose import QuantWish
+    from slipstream.host.quantise.quantise import quantise
 
     rows = []
     for name, load, scheduler in (("Flux", emoji.load_flux, "simple"), ("SD1.5", emoji.load_unet, "normal")):

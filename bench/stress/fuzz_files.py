@@ -173,7 +173,7 @@ class Models(Layers):
 
     def __init__(self, folder: Path):
         Target.__init__(self, folder)
-        from slipstream.host.quantise.quantise import QuantWish
+        from slipstream.host.quantise.choose import QuantWish
         from slipstream.host.quantise.save import quantise_file
         from slipstream.quant.files import QUANTISATION
 

@@ -23,7 +23,7 @@ from ...engine.families import architecture_of
 from ...engine.run.plan import CacheConfig, Plan, PredictorConfig
 from ...engine.run.samplers import sampler_traits
 from ..model import PROFILE, RECORDER, plan_of, with_plan
-from ..quantise.make import linears_of
+from ..quantise.choose import linears_of
 
 NODE = "Calibrate"
 

@@ -25,24 +25,11 @@ from ...quant.formats import FORMATS
 from .. import attach as sites
 from ..allocations import unrecorded
 from ..conflicts import MARKS
+from .choose import Plan, QuantWish, planned
 from .loras import NODE
-from .make import (
-    KEY,
-    Check,
-    Plan,
-    Quantised,
-    QuantWish,
-    Teller,
-    in_8_bit,
-    in_words,
-    module_of,
-    place,
-    planned,
-    quantised_layers,
-    saved_bytes,
-    weight_and_bias,
-    without_data,
-)
+from .make import in_8_bit, module_of, quantised_layers, saved_bytes, weight_and_bias, without_data
+from .placed import KEY, Check, Quantised, place
+from .teller import Teller, in_words
 
 log = logging.getLogger("slipstream")
 

@@ -28,9 +28,10 @@ from ...quant import nunchaku
 from ...quant.files import QUANTISATION, Described, File
 from ...quant.formats import QuantisedLinear, QuantisedSplit, pack_int4, read_layer
 from ...quant.linear import W4A4Linear
+from .choose import classified
 from .kernels import keep_choices
 from .loras import give_loras
-from .make import classified, share_inputs
+from .placed import share_inputs
 
 log = logging.getLogger("slipstream")
 

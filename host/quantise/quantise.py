@@ -42,38 +42,13 @@ from ...quant.linear import W4A4Linear
 from ..canvas.events import show
 from ..profiles import folder as profiles
 from . import nvfp4
+from .choose import AUTO, FIRST_RUN, QuantWish, planned
 from .first_run import Pending
 from .kernels import keep_choices, tell_after_a_run
-from .loras import NODE, PREFIX, give_loras, original, quantised_modules
-from .make import (
-    AUTO,
-    FIRST_RUN,
-    KEY,
-    Progress,
-    Quantised,
-    QuantWish,
-    Teller,
-    place,
-    planned,
-    quantised_layers,
-    without_data,
-)
-
-__all__ = [
-    "CHOICES",
-    "FIRST_RUN",
-    "KEY",
-    "NODE",
-    "PREFIX",
-    "QuantWish",
-    "Quantised",
-    "give_loras",
-    "original",
-    "quantise",
-    "quantised",
-    "settled",
-    "summary",
-]
+from .loras import NODE, give_loras, quantised_modules
+from .make import quantised_layers, without_data
+from .placed import KEY, Quantised, place
+from .teller import Progress, Teller
 
 log = logging.getLogger("slipstream")
 

@@ -34,11 +34,13 @@ from ...quant.layer import METHODS, quantise_group, with_spec
 from ...quant.linear import TENSORS, W4A4Linear
 from ...quant.rotate import rotation_size
 from . import nvfp4
+from .choose import FIRST_RUN, Plan, QuantWish, planned, spec_of
 from .load import FOLDER, opened
 from .loras import NODE, PREFIX, original, quantised_modules
-from .make import FIRST_RUN, Plan, Progress, QuantWish, planned, quantised_group, spec_of, without_data
+from .make import quantised_group, without_data
 from .quantise import check_wish, quantised, ranges_of, settled
 from .source import FILE, FileModel
+from .teller import Progress
 
 log = logging.getLogger("slipstream")
 

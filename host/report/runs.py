@@ -24,7 +24,7 @@ from ..gauge import Gauge
 from ..model import FIT, PROFILE, RECORDER, plan_of
 from ..quantise import kernels
 from ..quantise.loras import PREFIX, quantised_modules
-from ..quantise.quantise import KEY as QUANTISED
+from ..quantise.placed import KEY as QUANTISED
 from ..quantise.quantise import quantised
 from ..switch.bridge import name_of
 from ..switch.segments import Local, segments_of, without_switch

@@ -23,8 +23,9 @@ from slipstream.host.canvas.strip import EVENT, FINISHED, KEPT_NODES, Strips
 from slipstream.host.compensate.reference import BetterWeights
 from slipstream.host.model import add_compensator
 from slipstream.host.quantise import first_run
-from slipstream.host.quantise.make import KEY, Quantised
-from slipstream.host.quantise.quantise import FIRST_RUN, QuantWish, quantise, quantised
+from slipstream.host.quantise.choose import FIRST_RUN, QuantWish
+from slipstream.host.quantise.placed import KEY, Quantised
+from slipstream.host.quantise.quantise import quantise, quantised
 from slipstream.host.switch.segments import SwitchConfig
 from slipstream.host.switch.switch import add_switch
 from slipstream.kernels import derived, dispatch

@@ -35,7 +35,8 @@ from slipstream.host.compensate import reference
 from slipstream.host.profiles import folder as profiles
 from slipstream.host.quantise import load as quant_load
 from slipstream.host.quantise import save as quant_files
-from slipstream.host.quantise.quantise import QuantWish, quantise
+from slipstream.host.quantise.choose import QuantWish
+from slipstream.host.quantise.quantise import quantise
 from slipstream.kernels.choices import Choices
 from slipstream.quant import linear
 from slipstream.quant.files import Writer

@@ -25,7 +25,8 @@ from slipstream.host.profiles import folder as profiles
 from slipstream.host.quantise import load as quant_load
 from slipstream.host.quantise import make as quant_layers
 from slipstream.host.quantise import save as quant_files
-from slipstream.host.quantise.quantise import QuantWish, quantise
+from slipstream.host.quantise.choose import QuantWish
+from slipstream.host.quantise.quantise import quantise
 from slipstream.quant import nunchaku, policy
 from slipstream.quant.files import File, Writer
 from slipstream.quant.formats import FORMATS

@@ -30,7 +30,10 @@ from slipstream.host.calibrate.recording import Job, Wish
 from slipstream.host.profiles import folder as profiles
 from slipstream.host.quantise import nvfp4
 from slipstream.host.quantise import quantise as quantising
-from slipstream.host.quantise.quantise import FIRST_RUN, QuantWish, quantise, quantised, summary
+from slipstream.host.quantise.choose import FIRST_RUN, QuantWish
+from slipstream.host.quantise.loras import give_loras, original
+from slipstream.host.quantise.placed import KEY
+from slipstream.host.quantise.quantise import quantise, quantised, summary
 from slipstream.quant import policy
 from slipstream.quant.formats import FORMATS, QuantisedLinear
 from slipstream.quant.layer import METHODS, quantise_linear, with_spec
@@ -483,7 +486,7 @@ def test_storage_dtypes_of_the_model(lab, dtype):
     linear = next(m for m in base.model.modules() if isinstance(m, torch.nn.Linear) and m.in_features % 64 == 0)
     name = next(n for n, m in base.model.named_modules() if m is linear)
     linear.weight.data = (torch.randn(linear.weight.shape, generator=generator) / 8).to(dtype)
-    found = quantising.original(base, name.removeprefix("diffusion_model."), linear)
+    found = original(base, name.removeprefix("diffusion_model."), linear)
     assert torch.equal(found.float(), linear.weight.detach().float())
     assert found.dtype == (torch.float32 if dtype.itemsize == 1 else dtype)
 
@@ -571,7 +574,7 @@ def from_file(model):
         own.managed = True
         comfy.utils.set_attr(loaded.model, "diffusion_model." + name, own)
     loaded.size = 0
-    loaded.add_callback_with_key(CallbacksMP.ON_LOAD, quantising.KEY, quantising.give_loras)
+    loaded.add_callback_with_key(CallbacksMP.ON_LOAD, KEY, give_loras)
     return loaded
 
 

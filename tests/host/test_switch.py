@@ -20,7 +20,8 @@ from slipstream.demo import emoji
 from slipstream.engine.coordinates import FLOW, VARIANCE_EXPLODING
 from slipstream.engine.errors import SlipstreamError
 from slipstream.host.canvas import events
-from slipstream.host.quantise.quantise import QuantWish, quantise
+from slipstream.host.quantise.choose import QuantWish
+from slipstream.host.quantise.quantise import quantise
 from slipstream.host.switch.segments import (
     KEY,
     NAMED,
