@@ -110,7 +110,7 @@ def regular_hadamard(size: int) -> Tensor:
     return four if size == 4 else torch.kron(four, regular_hadamard(size // 4))
 
 
-def quantize_activations(
+def quantise_activations(
     x: Tensor,
     smooth: Tensor | None = None,
     shift: float = 0.0,
@@ -189,7 +189,7 @@ def w4a4_linear(
         wide = weight.view(n, -1, group_size) * weight_scale.float().T[..., None]
         total += main @ wide.view(n, k).T
     else:
-        codes, scales = quantize_activations(
+        codes, scales = quantise_activations(
             main, bits=act_bits, group_size=group_size, unsigned=unsigned and act_bits == 4
         )
         for g in range(k // group_size):
@@ -223,7 +223,7 @@ def convrot_linear(
     if x.shape[-1] != k:
         raise ValueError(f"the layer takes {k} channels, the input has {x.shape[-1]}")
     rows = hadamard(x.reshape(-1, k).float(), rotation)
-    codes, scales = quantize_activations(rows, bits=bits, group_size=k)
+    codes, scales = quantise_activations(rows, bits=bits, group_size=k)
     total = integer_dot(codes, codes_w, (1 << (bits - 1)) - 1).float() * scales * weight_scale.float().reshape(1, -1)
     return _finish(total, x, proj_down, proj_up, bias)
 

@@ -178,22 +178,6 @@ class QuantisedLinear:
             raise ValueError(f"{self.format} cannot run with {bits}-bit activations")
         return dataclasses.replace(self, format=BY_ACT_BITS[bits])
 
-    def with_lora(self, down: Tensor, up: Tensor, strength: float = 1.0) -> QuantisedLinear:
-        """Add `strength * up @ down` to the layer by widening the low-rank branch; exact but for the storage dtype.
-
-        down: (r, K) and up: (N, r) as LoRA files have them; strength includes alpha / r. nunchaku's way.
-        Raises ValueError when the LoRA does not fit.
-        """
-        (n, k), rank = self.shape, down.shape[0]
-        if tuple(down.shape) != (rank, k) or tuple(up.shape) != (n, rank):
-            raise ValueError(f"a LoRA of shapes {tuple(up.shape)} and {tuple(down.shape)} does not fit {n} x {k}")
-        like = self.weight_scale.new_empty(0, dtype=self.dtype) if self.proj_down is None else self.proj_down
-        added_down, added_up = down.T.to(like), (up * strength).to(like)
-        if self.proj_down is not None:
-            added_down = torch.cat((self.proj_down, added_down), 1)
-            added_up = torch.cat((self.proj_up, added_up), 1)
-        return dataclasses.replace(self, proj_down=added_down.contiguous(), proj_up=added_up.contiguous())
-
     def codes(self) -> Tensor:
         """The weight's codes, int8 (N, K)."""
         return unpack_int4(self.weight) if FORMATS[self.format].weight_bits == 4 else self.weight

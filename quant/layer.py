@@ -10,15 +10,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..kernels.reference import GELU_SHIFT, quantize_activations
-from .calibration import Statistics, evenly, split_channels
+from ..kernels.reference import GELU_SHIFT, quantise_activations
+from .calibration import ActivationStatistics, evenly, split_channels
 from .formats import FORMATS, GROUP_SIZE, QuantisedLinear, pack_int4
 from .rotate import rotate, rotation_size
 from .rounding import Rounded, gptq, rounded_to_nearest, rtn
 from .smooth import DATA_FREE_RANGE, SMALL_GRID, choose, smooth_factor
 from .svd import Branch, low_rank, refine
 
-__all__ = ["METHODS", "Outcome", "Spec", "Statistics", "quantise_group", "quantise_linear", "quantise_split"]
+__all__ = ["METHODS", "Outcome", "Spec", "quantise_group", "quantise_linear", "quantise_split"]
 
 # Rows on which candidates are compared, and outputs of the layer, at most.
 SEARCH_ROWS, SEARCH_OUTPUTS = 128, 1536
@@ -111,7 +111,9 @@ class Outcome:
         return only
 
 
-def quantise_linear(weight: Tensor, bias: Tensor | None, spec: Spec, statistics: Statistics | None = None) -> Outcome:
+def quantise_linear(
+    weight: Tensor, bias: Tensor | None, spec: Spec, statistics: ActivationStatistics | None = None
+) -> Outcome:
     """Quantise one layer. weight: (N, K) float; bias: (N,) or None; statistics: of the layer's input, or None.
 
     Computes in float32 on the weight's device. Raises ValueError in one sentence when the width cannot be quantised,
@@ -124,7 +126,7 @@ def quantise_group(
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None],
     spec: Spec,
-    statistics: Statistics | None = None,
+    statistics: ActivationStatistics | None = None,
 ) -> Outcome:
     """Quantise layers that share their input (q, k, v): one smooth factor, one down-projection from the SVD of all.
 
@@ -149,7 +151,7 @@ def quantise_split(
     bias: Tensor | None,
     specs: Sequence[Spec],
     boundaries: Sequence[int],
-    statistics: Statistics | None = None,
+    statistics: ActivationStatistics | None = None,
 ) -> tuple[QuantisedLinear, ...]:
     """Quantise a layer behind a concatenation as one layer per part; their outputs, each on its channels, add up.
 
@@ -185,7 +187,7 @@ def sqnr(weight: Tensor, layer: QuantisedLinear, rows: Tensor, bias: Tensor | No
 
 
 def _check(
-    weights: Sequence[Tensor], biases: Sequence[Tensor | None], spec: Spec, statistics: Statistics | None
+    weights: Sequence[Tensor], biases: Sequence[Tensor | None], spec: Spec, statistics: ActivationStatistics | None
 ) -> None:
     if not weights or len(weights) != len(biases):
         raise ValueError(f"every weight needs a bias or None, got {len(weights)} and {len(biases)}")
@@ -246,7 +248,9 @@ def _member(whole: _Whole, rows: slice, dtype: torch.dtype, bias: Tensor | None)
 class _Work:
     """The state of one quantisation: weight float32 (N, K), the rows candidates are judged on and their true output."""
 
-    def __init__(self, weight: Tensor, spec: Spec, statistics: Statistics | None, storage: torch.dtype) -> None:
+    def __init__(
+        self, weight: Tensor, spec: Spec, statistics: ActivationStatistics | None, storage: torch.dtype
+    ) -> None:
         self.weight, self.spec, self.statistics, self.storage = weight, spec, statistics, storage
         row = FORMATS[spec.format]
         self.rotation = rotation_size(weight.shape[1], spec.rotation or 256) if spec.rotation or row.per_row else 0
@@ -357,7 +361,7 @@ def fake_quantised(inputs: Tensor, spec: Spec) -> Tensor:
     """What a layer of `spec` makes of its smoothed and rotated input (n, K): rounded and scaled back, float32."""
     if spec.act_bits == 16:
         return inputs
-    codes, scales = quantize_activations(
+    codes, scales = quantise_activations(
         inputs, bits=spec.act_bits, group_size=spec.group_size, unsigned=spec.act_unsigned and spec.act_bits == 4
     )
     groups = codes.float().view(len(inputs), -1, spec.group_size)

@@ -187,12 +187,13 @@ def known(statistics, data: str):
 
 def synthetic(width: int = WIDTH) -> list[dict]:
     """One row per method: relative output error at every outlier size, packed megabytes, seconds to quantise."""
-    from slipstream.quant.layer import Statistics, output_error, quantise_linear
+    from slipstream.quant.calibration import ActivationStatistics
+    from slipstream.quant.layer import output_error, quantise_linear
 
     weight = synthetic_weight(width, width).bfloat16()
     inputs = {
         m: (
-            Statistics.of(synthetic_inputs(CALIBRATION, width, m, 1), hessian=True),
+            ActivationStatistics.of(synthetic_inputs(CALIBRATION, width, m, 1), hessian=True),
             synthetic_inputs(HELD_OUT, width, m, 2),
         )
         for m in MAGNITUDES
@@ -213,13 +214,14 @@ def synthetic(width: int = WIDTH) -> list[dict]:
 
 def large() -> list[dict]:
     """Seconds and peak memory of quantising one layer: FLUX's largest without GPTQ, a square one by every method."""
-    from slipstream.quant.layer import METHODS, Statistics, quantise_linear
+    from slipstream.quant.calibration import ActivationStatistics
+    from slipstream.quant.layer import METHODS, quantise_linear
 
     rows = []
     for (n, k), names in ((LARGE, ("convrot", "hadamard_svd", "svdquant")), (TIMED, METHODS)):
         weight = synthetic_weight(n, k).bfloat16()
         inputs = synthetic_inputs(1024, k, 30, 1)
-        statistics = Statistics.of(inputs, hessian=(n, k) == TIMED)
+        statistics = ActivationStatistics.of(inputs, hessian=(n, k) == TIMED)
         del inputs
         for name in names:
             if name == "svdquant_refined":  # minutes

@@ -264,6 +264,8 @@ def nunchaku_checkpoint(width: int = 128) -> dict[str, torch.Tensor]:
     """One double and one single block as nunchaku's files have them, with random numbers."""
     from slipstream.quant import nunchaku as n
 
+    from lab.nunchaku import pack_layer, pack_modulation
+
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -272,12 +274,12 @@ def nunchaku_checkpoint(width: int = 128) -> dict[str, torch.Tensor]:
     def layer(name: str, rows: int, columns: int, smooth: torch.Tensor) -> dict:
         codes = torch.randint(-8, 8, (rows, columns), generator=generator).to(torch.int8)
         down, up = normal(columns, 16), normal(rows, 16)
-        return n.pack_layer(n.Layer(codes, normal(columns // 64, rows), smooth, down, up, normal(rows)), name)
+        return pack_layer(n.NunchakuLayer(codes, normal(columns // 64, rows), smooth, down, up, normal(rows)), name)
 
     def modulation(name: str, splits: int) -> dict:
         codes = torch.randint(0, 16, (splits * width, width), generator=generator)
         pair = normal(width // 64, splits * width), normal(width // 64, splits * width)
-        return n.pack_modulation(codes, *pair, normal(splits * width), name, splits)
+        return pack_modulation(codes, *pair, normal(splits * width), name, splits)
 
     def smooth(k: int) -> torch.Tensor:
         return normal(k).abs() + 0.5

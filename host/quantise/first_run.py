@@ -20,7 +20,7 @@ import torch
 from comfy.patcher_extension import WrapperExecutor, WrappersMP
 from torch import Tensor
 
-from ...quant.calibration import Collector, Statistics, uniform_steps
+from ...quant.calibration import ActivationStatistics, Collector, uniform_steps
 from ...quant.formats import FORMATS
 from .. import attach as sites
 from ..allocations import unrecorded
@@ -151,7 +151,7 @@ def watching(modules: Mapping[str, torch.nn.Module], collectors: Mapping[str, Co
             handle.remove()
 
 
-def taken(collectors: dict[str, Collector], name: str) -> Statistics | None:
+def taken(collectors: dict[str, Collector], name: str) -> ActivationStatistics | None:
     """The statistics of a collector, which is dropped; None where nothing usable came by."""
     collector = collectors.pop(name, None)
     try:

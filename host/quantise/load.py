@@ -151,7 +151,7 @@ def _nunchaku(file: File) -> tuple[dict[str, Tensor], dict[str, W4A4Linear]]:
     return plain, layers
 
 
-def natural(layer: nunchaku.Layer) -> QuantisedLinear:
+def natural(layer: nunchaku.NunchakuLayer) -> QuantisedLinear:
     """A layer of nunchaku as one of ours, with the same numbers."""
     return QuantisedLinear(
         "svdquant_w4a4",

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...engine.errors import SlipstreamError
 from ...quant import policy
-from ...quant.calibration import Statistics
+from ...quant.calibration import ActivationStatistics
 from ...quant.formats import FORMATS, QuantisedLinear
 from ...quant.layer import quantise_group, sqnr, with_spec
 from ...quant.linear import W4A4Linear
@@ -27,14 +27,14 @@ from .teller import Teller, in_words
 GUARD_ROWS = 64
 
 
-def without_data(model) -> dict[str, Statistics]:
+def without_data(model) -> dict[str, ActivationStatistics]:
     """What the network's norms and modulation tell of a layer's input, of the layers where that is worth smoothing."""
     found = outstanding(spans(model.get_model_object("diffusion_model"), _classes(model)))
-    return {name: Statistics(span) for name, span in found.items()}
+    return {name: ActivationStatistics(span) for name, span in found.items()}
 
 
 def quantised_layers(
-    model, wish: QuantWish, seen: Callable[[str], Statistics | None], how: str, tell: Teller
+    model, wish: QuantWish, seen: Callable[[str], ActivationStatistics | None], how: str, tell: Teller
 ) -> Quantised:
     """seen: gives what is known of the input of a group by its first layer, asked once."""
     plan = planned(model, wish)
@@ -73,7 +73,7 @@ def weight_and_bias(model, name: str, module: torch.nn.Module) -> tuple[Tensor, 
 
 
 def quantised_group(
-    model, names: list[str], plan: Plan, choices: dict[str, Choice], wish: QuantWish, seen: Statistics | None
+    model, names: list[str], plan: Plan, choices: dict[str, Choice], wish: QuantWish, seen: ActivationStatistics | None
 ) -> tuple[dict[str, W4A4Linear], dict[str, float]]:
     """Quantise the layers of one group; returns them, and what the guard measured, whose changes go into `choices`."""
     originals = {name: weight_and_bias(model, name, plan.linears[name]) for name in names}
@@ -108,7 +108,7 @@ def _of_the_host(model, name: str, weight: Tensor, bias: Tensor | None) -> torch
         raise SlipstreamError(f"{NODE}: {name}: {error}; use a file without damage.") from None
 
 
-def _held_out(seen: Statistics) -> tuple[Statistics, Tensor | None]:
+def _held_out(seen: ActivationStatistics) -> tuple[ActivationStatistics, Tensor | None]:
     """Statistics without the rows that the guard scores with, and those; all for both where there are only a few."""
     rows = seen.rows
     if rows is None or len(rows) < 4 * GUARD_ROWS:
@@ -118,7 +118,7 @@ def _held_out(seen: Statistics) -> tuple[Statistics, Tensor | None]:
     return replace(seen, rows=rows[~held]), rows[held]
 
 
-def _made_up(channels: int, after_gelu: bool, seen: Statistics | None) -> Tensor:
+def _made_up(channels: int, after_gelu: bool, seen: ActivationStatistics | None) -> Tensor:
     """Rows (n, K) that nobody measured: normally distributed, as large as what is known of the channels."""
     rows = torch.randn(GUARD_ROWS, channels, generator=torch.Generator().manual_seed(0))
     if after_gelu:

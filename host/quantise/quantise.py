@@ -36,7 +36,7 @@ import torch
 from comfy.patcher_extension import CallbacksMP
 
 from ...engine.errors import SlipstreamError
-from ...quant.calibration import Statistics
+from ...quant.calibration import ActivationStatistics
 from ...quant.formats import FORMATS
 from ...quant.linear import W4A4Linear
 from ..canvas.events import show
@@ -163,7 +163,7 @@ def _static(model):
         ) from None
 
 
-def ranges_of(model, name: str) -> dict[str, Statistics]:
+def ranges_of(model, name: str) -> dict[str, ActivationStatistics]:
     """Activation statistics by layer from a profile; empty without one. Raises SlipstreamError."""
     if not name:
         return {}
@@ -177,12 +177,12 @@ def ranges_of(model, name: str) -> dict[str, Statistics]:
         log.warning("%s: the profile %s was measured on another model; calibrate again for the best result", NODE, name)
     tables = profile.extras
     return {
-        layer: Statistics(tables[f"{ACTIVATION}{layer}/absmax"], tables[f"{ACTIVATION}{layer}/square"])
+        layer: ActivationStatistics(tables[f"{ACTIVATION}{layer}/absmax"], tables[f"{ACTIVATION}{layer}/square"])
         for layer in sorted(layers)
     }
 
 
-def _content(seen: Mapping[str, Statistics]) -> float:
+def _content(seen: Mapping[str, ActivationStatistics]) -> float:
     """A number that two sets of statistics hardly share."""
     return float(sum(s.square.double().sum() + s.absmax.double().sum() for s in seen.values()))
 
