@@ -23,19 +23,22 @@ import comfy.lora
 import comfy.model_management
 import comfy.model_sampling
 import folder_paths
+import psutil
 import torch
 from torch import Tensor
 
 from ...engine.errors import SlipstreamError
 from ...engine.files import is_file_name
+from ...kernels.files import left_over
 from ...quant.files import Writer, quantisation
 from ...quant.formats import FORMATS, ROTATED, QuantisedLinear, QuantisedSplit, packed_bytes
 from ...quant.layer import METHODS, quantise_group, with_spec
 from ...quant.linear import TENSORS, W4A4Linear
 from ...quant.rotate import rotation_size
+from ..model_files import FOLDER
 from . import nvfp4
 from .choose import FIRST_RUN, Plan, QuantWish, planned, spec_of
-from .load import FOLDER, opened
+from .load import opened
 from .loras import NODE, PREFIX, original, quantised_modules
 from .make import quantised_group, without_data
 from .quantise import check_wish, quantised, ranges_of, settled
@@ -219,6 +222,8 @@ def writing(path: Path, names, metadata: Mapping[str, str], size: int, node: str
                 f"{node}: {path.name} takes {size / 1e6:.0f} MB and the disk of models/{FOLDER} has {free / 1e6:.0f} "
                 "MB left; make room, or choose a smaller format."
             )
+        for old in left_over(path, psutil.pid_exists):
+            old.unlink(missing_ok=True)
         with Writer(path, names, metadata) as out:
             yield out
     except OSError as error:

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from ...engine.errors import SlipstreamError
-from ...engine.files import write_whole
 from ...engine.metrics import psnr, relative_error, ssim
+from ...kernels.files import write_whole
 from ..calibrate.recording import starting_latent
 from ..switch.segments import segments_of
 from .card import COLOURS, OTHER, REMOTE, SMALL, WORDS, Tile, as_image, draw, marks

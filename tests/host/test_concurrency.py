@@ -16,7 +16,6 @@ import pytest
 import torch
 from sampling import Lab, relative
 from slipstream.demo import emoji
-from slipstream.engine.files import write_whole
 from slipstream.engine.run.plan import ORIGINAL, CompensatorConfig
 from slipstream.host.canvas import events
 from slipstream.host.canvas.strip import EVENT, FINISHED, KEPT_NODES, Strips
@@ -30,6 +29,7 @@ from slipstream.host.switch.segments import SwitchConfig
 from slipstream.host.switch.switch import add_switch
 from slipstream.kernels import derived, dispatch
 from slipstream.kernels.choices import Choices
+from slipstream.kernels.files import write_whole
 from slipstream.quant.layer import METHODS, quantise_linear
 
 STEPS = 10
