@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..kernels.files import whole
-from .formats import SPLIT, description_of, json_tensor
+from .packed import SPLIT, description_of, json_tensor
 
 QUANTISATION = "_quantization_metadata"  # the host's name of the metadata that lists the quantised layers
 VERSION = "1.0"

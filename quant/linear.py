@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from .formats import QuantisedLinear, QuantisedSplit
+from .packed import QuantisedLinear, QuantisedSplit
 from .svd import truncated_svd
 
 # Ranks tried in turn for a change of the weight that is known only as a matrix; more bytes than the packed weight has

@@ -41,7 +41,7 @@ class Method:
 
 def methods() -> list[Method]:
     """In the order of the tables."""
-    from slipstream.quant.layer import METHODS, with_spec
+    from lab.methods import METHODS, with_spec
 
     rotated = METHODS["hadamard_svd"]
     kitchen = []
@@ -229,7 +229,8 @@ def layers_of(choices: dict[str, Chosen], method: Method, seen: dict, spans: dic
 def fitted(method: Method, choice: Chosen, outputs: int, seen: dict, spans: dict[str, Tensor], name: str) -> tuple:
     """(the method's specification for a group that begins with this layer, what it may know of its input)."""
     from slipstream.quant.calibration import ActivationStatistics
-    from slipstream.quant.layer import with_spec
+
+    from lab.methods import with_spec
 
     spec = with_spec(method.spec, rank=min(method.spec.rank, outputs, choice.layer.in_features))
     if method.data == MODULATION:

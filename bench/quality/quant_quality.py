@@ -141,7 +141,9 @@ def synthetic_inputs(rows: int, k: int, magnitude: float, seed: int) -> Tensor:
 
 def schemes() -> dict[str, tuple[str, object]]:
     """Name -> (data it needs, specification)."""
-    from slipstream.quant.layer import METHODS, Spec, with_spec
+    from slipstream.quant.layer import Spec
+
+    from lab.methods import METHODS, with_spec
 
     rotated = METHODS["hadamard_svd"]
     return {
@@ -215,7 +217,9 @@ def synthetic(width: int = WIDTH) -> list[dict]:
 def large() -> list[dict]:
     """Seconds and peak memory of quantising one layer: FLUX's largest without GPTQ, a square one by every method."""
     from slipstream.quant.calibration import ActivationStatistics
-    from slipstream.quant.layer import METHODS, quantise_linear
+    from slipstream.quant.layer import quantise_linear
+
+    from lab.methods import METHODS
 
     rows = []
     for (n, k), names in ((LARGE, ("convrot", "hadamard_svd", "svdquant")), (TIMED, METHODS)):

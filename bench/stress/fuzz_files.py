@@ -112,7 +112,9 @@ class Layers(Target):
         self.path = folder / "layers.safetensors"
         torch.manual_seed(0)
         from slipstream.quant.files import quantisation
-        from slipstream.quant.layer import METHODS, quantise_group, with_spec
+        from slipstream.quant.layer import quantise_group
+
+        from lab.methods import METHODS, with_spec
 
         self.tensors, described = {"plain.weight": torch.randn(4, 4)}, {}
         for name, method, options in (("a", "svdquant", {"rank": 16}), ("b", "convrot", {}), ("c", "int8_convrot", {})):
@@ -145,8 +147,8 @@ class Layers(Target):
 
     def case(self, rng: Random) -> Case:
         from slipstream.quant.files import Described, File
-        from slipstream.quant.formats import read_layer
         from slipstream.quant.linear import W4A4Linear
+        from slipstream.quant.packed import read_layer
 
         data = self.data(rng)
 

@@ -11,15 +11,17 @@ from torch import Tensor
 
 from ...engine.errors import SlipstreamError
 from ...quant import policy
-from ...quant.formats import FORMATS, GROUP_SIZE
-from ...quant.layer import METHODS, Spec, with_spec
+from ...quant.formats import FORMATS, GROUPS, INT8, Format
+from ...quant.layer import Spec, spec_for
 from ...quant.linear import W4A4Linear
 from ...quant.policy import Choice
-from ...quant.rotate import rotation_size
 from . import nvfp4
 from .loras import NODE, PREFIX
 
 AUTO, FIRST_RUN = "auto", "first run"
+
+# The formats on the canvas; the host's own where it has them.
+CHOICES = (AUTO, *FORMATS, *([nvfp4.FORMAT] if nvfp4.available() else []))
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +47,7 @@ class QuantWish:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class Choices:
     """linears, shapes, choices: of all linear layers by name; groups: key -> names, of those to be quantised."""
 
     linears: dict[str, torch.nn.Module]
@@ -78,7 +80,7 @@ def classified(model, overrides: str = "") -> dict[str, Choice]:
     return policy.plan(shapes, policy.policy_for(_classes(model)), overrides, policy.LIMITS)
 
 
-def planned(model, wish: QuantWish) -> Plan:
+def planned(model, wish: QuantWish) -> Choices:
     """What is to be quantised. Raises SlipstreamError where nothing can be."""
     linears = linears_of(model)
     for name, module in linears.items():
@@ -89,7 +91,7 @@ def planned(model, wish: QuantWish) -> Plan:
         choices = classified(model, wish.layers)
     except ValueError as error:
         raise SlipstreamError(f"{NODE}: {error}") from None
-    plan = Plan(linears, shapes, choices)
+    plan = Choices(linears, shapes, choices)
     for name, choice in choices.items():
         if spec_of(choice, wish, shapes[name]) is not None:
             _refuse_quantised(name, linears[name])
@@ -109,30 +111,49 @@ def _classes(model) -> list[str]:
     return [f"{kind.__module__}.{kind.__qualname__}" for kind in type(network).__mro__]
 
 
+def explained() -> str:
+    """The formats in the words of their rows, those of equal words together."""
+    named: dict[str, list[str]] = {}
+    for name, row in FORMATS.items():
+        named.setdefault(row.words, []).append(name)
+    named[nvfp4.WORDS] = [nvfp4.FORMAT]
+    return " ".join(f"{', '.join(names)}: {words}." for words, names in named.items())
+
+
+def wanted(wish: QuantWish) -> Format:
+    """The format that a wish names; of the host's own ones, that of the layers that do not become the host's."""
+    if wish.format == AUTO:
+        return GROUPS
+    return nvfp4.BESIDE if wish.format == nvfp4.FORMAT else FORMATS[wish.format]
+
+
+def becomes_hosts(choice: Choice, wish: QuantWish) -> bool:
+    """Whether the layer becomes one of the host's own."""
+    return wish.format == nvfp4.FORMAT and choice.treatment == "w4a4"
+
+
 def spec_of(choice: Choice, wish: QuantWish, shape: tuple[int, int], smooth: str = "none") -> Spec | None:
-    """How a layer of shape (N, K) is quantised; None: it stays. A width that 4-bit groups do not fit gets 8 bit.
+    """How a layer of shape (N, K) is quantised; None: it stays. A width that the format does not fit gets 8 bit.
 
-    smooth: of `Spec`, for formats that smooth. With NVFP4 it tells of the layers that do not become the host's.
+    smooth: of `Spec`, for formats that smooth.
     """
-    n, k = shape
-    if choice.treatment == "keep" or not rotation_size(k):
+    k = shape[1]
+    if choice.treatment == "keep" or not INT8.fits(k):
         return None
-    careful = choice.treatment == "w4a16"
-    if choice.treatment == "w8a8" or wish.format == "int8_convrot" or k % GROUP_SIZE:
-        return _per_row("int8_convrot", k)
-    if wish.format in ("convrot_w4a4", nvfp4.FORMAT):
-        return _per_row("int8_convrot" if careful else "convrot", k)  # of the host's formats the finer one
-    bits = 16 if careful else wish.act_bits if wish.format in (AUTO, "svdquant_w4a4") else FORMATS[wish.format].act_bits
-    name = {4: "svdquant_w4a4", 8: "w4a8", 16: "w4a16"}[bits]
-    rotated = wish.format == AUTO and not choice.after_gelu
-    base = METHODS["hadamard_svd"] if rotated else METHODS["svdquant"]
-    unsigned = choice.after_gelu and not rotated
-    return with_spec(base, format=name, rank=min(wish.rank, n, k), smooth=smooth, act_unsigned=unsigned)
+    row = wanted(wish)
+    row = FORMATS[row.careful or row.name] if choice.treatment == "w4a16" else row.asked_for(wish.act_bits)
+    if choice.treatment == "w8a8" or not row.fits(k):
+        row = INT8
+    return spec_for(row.name, shape, wish.rank, smooth, choice.after_gelu, rotated=wish.format == AUTO)
 
 
-def _per_row(method: str, k: int) -> Spec:
-    """The method with a group size that divides K, which its scales per row do not depend on."""
-    return with_spec(METHODS[method], group_size=rotation_size(k))
+def most_bytes(choice: Choice, wish: QuantWish, shape: tuple[int, int]) -> int:
+    """Most bytes that the quantised layer takes; 8 bit where the guard may choose them."""
+    if becomes_hosts(choice, wish):
+        return nvfp4.most_bytes(*shape)
+    spec = spec_of(choice, wish, shape)
+    row = FORMATS[spec.format] if spec is not None and not wish.guard_db else INT8
+    return row.nbytes(*shape, 0 if spec is None else spec.rank)
 
 
 def _refuse_quantised(name: str, module: torch.nn.Module) -> None:

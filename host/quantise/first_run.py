@@ -25,7 +25,7 @@ from ...quant.formats import FORMATS
 from .. import attach as sites
 from ..allocations import unrecorded
 from ..conflicts import MARKS
-from .choose import Plan, QuantWish, planned
+from .choose import Choices, QuantWish, planned
 from .loras import NODE
 from .make import in_8_bit, module_of, quantised_layers, saved_bytes, weight_and_bias, without_data
 from .placed import KEY, Check, Quantised, place
@@ -243,7 +243,7 @@ def first_run(patcher, wish: QuantWish, run: ShortRun, teller: Teller) -> Quanti
 
 
 def checked(
-    patcher, floor_db: float, run: ShortRun, true: Tensor, found: Quantised, plan: Plan, teller: Teller
+    patcher, floor_db: float, run: ShortRun, true: Tensor, found: Quantised, plan: Choices, teller: Teller
 ) -> Quantised:
     """The same short run with the quantised layers; while it is below the floor, the worst of them get 8 bit."""
 

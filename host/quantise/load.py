@@ -24,8 +24,9 @@ from torch import Tensor
 from ...engine.errors import SlipstreamError
 from ...quant import nunchaku
 from ...quant.files import QUANTISATION, Described, File
-from ...quant.formats import QuantisedLinear, QuantisedSplit, pack_int4, read_layer
+from ...quant.formats import GROUPS
 from ...quant.linear import W4A4Linear
+from ...quant.packed import QuantisedLinear, QuantisedSplit, read_layer
 from ..model_files import listed, path_of
 from .choose import classified
 from .kernels import keep_choices
@@ -149,10 +150,10 @@ def _nunchaku(file: File) -> tuple[dict[str, Tensor], dict[str, W4A4Linear]]:
 def natural(layer: nunchaku.NunchakuLayer) -> QuantisedLinear:
     """A layer of nunchaku as one of ours, with the same numbers."""
     return QuantisedLinear(
-        "svdquant_w4a4",
+        GROUPS.name,
         tuple(layer.codes.shape),
         layer.scales.dtype,
-        pack_int4(layer.codes),
+        GROUPS.pack(layer.codes),
         layer.scales.contiguous(),
         layer.down.contiguous(),
         layer.up.contiguous(),

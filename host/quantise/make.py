@@ -12,12 +12,13 @@ from torch import Tensor
 from ...engine.errors import SlipstreamError
 from ...quant import policy
 from ...quant.calibration import ActivationStatistics
-from ...quant.formats import FORMATS, QuantisedLinear
-from ...quant.layer import quantise_group, sqnr, with_spec
+from ...quant.formats import FORMATS, INT8
+from ...quant.layer import quantise_group, spec_for, sqnr
 from ...quant.linear import W4A4Linear
+from ...quant.packed import QuantisedLinear
 from ...quant.policy import Choice
 from . import nvfp4
-from .choose import Plan, QuantWish, _classes, _per_row, planned, spec_of
+from .choose import Choices, QuantWish, _classes, becomes_hosts, planned, spec_of
 from .loras import NODE, original
 from .modulation import outstanding, spans
 from .placed import Quantised
@@ -54,12 +55,12 @@ def quantised_layers(
     return Quantised(layers, choices, saved_bytes(plan, layers), values, how)
 
 
-def saved_bytes(plan: Plan, layers: Mapping[str, W4A4Linear]) -> int:
+def saved_bytes(plan: Choices, layers: Mapping[str, W4A4Linear]) -> int:
     size = comfy.model_management.module_size
     return sum(size(plan.linears[name]) - size(layer) for name, layer in layers.items())
 
 
-def _make_room(model, plan: Plan) -> None:
+def _make_room(model, plan: Choices) -> None:
     """Ask the host for the memory that the largest group takes: float32 weight, smoothed, residual, codes, SVD."""
     if model.load_device.type != "cpu":
         largest = max(map(plan.weights, plan.groups.values()))
@@ -73,22 +74,28 @@ def weight_and_bias(model, name: str, module: torch.nn.Module) -> tuple[Tensor, 
 
 
 def quantised_group(
-    model, names: list[str], plan: Plan, choices: dict[str, Choice], wish: QuantWish, seen: ActivationStatistics | None
+    model,
+    names: list[str],
+    plan: Choices,
+    choices: dict[str, Choice],
+    wish: QuantWish,
+    seen: ActivationStatistics | None,
 ) -> tuple[dict[str, W4A4Linear], dict[str, float]]:
     """Quantise the layers of one group; returns them, and what the guard measured, whose changes go into `choices`."""
     originals = {name: weight_and_bias(model, name, plan.linears[name]) for name in names}
     weights, biases = map(list, zip(*originals.values(), strict=True))
-    if wish.format == nvfp4.FORMAT and choices[names[0]].treatment == "w4a4":
+    if becomes_hosts(choices[names[0]], wish):
         return {name: _of_the_host(model, name, *both) for name, both in originals.items()}, {}
     # a span without a mean square was not measured, and is trusted less
     smooth = "none" if seen is None else "modulation" if seen.square is None else "search"
-    specs = [spec_of(choices[name], wish, plan.shapes[name], smooth) for name in names]
-    spec = with_spec(specs[0], rank=max(spec.rank for spec in specs))
+    each = (spec_of(choices[name], wish, plan.shapes[name], smooth) for name in names)
+    specs = [spec for spec in each if spec is not None]
+    spec = replace(specs[0], rank=max(spec.rank for spec in specs))
     held_out = None
     if wish.guard_db and seen is not None:
         seen, held_out = _held_out(seen)
     if wish.gptq and seen is not None and seen.rows is not None and FORMATS[spec.format].weight_bits == 4:
-        spec = with_spec(spec, gptq=True)
+        spec = replace(spec, gptq=True)
     try:
         found = dict(zip(names, quantise_group(weights, biases, spec, seen).layers, strict=True))
         if wish.guard_db and held_out is None:
@@ -152,7 +159,7 @@ def _guard(
 
 
 def in_8_bit(weight: Tensor, bias: Tensor | None) -> QuantisedLinear:
-    return quantise_group([weight], [bias], _per_row("int8_convrot", weight.shape[1])).layer
+    return quantise_group([weight], [bias], spec_for(INT8.name, tuple(weight.shape))).layer
 
 
 def module_of(layer: QuantisedLinear, device: torch.device) -> W4A4Linear:

@@ -42,7 +42,7 @@ from ...quant.linear import W4A4Linear
 from ..canvas.events import show
 from ..profiles import folder as profiles
 from . import nvfp4
-from .choose import AUTO, FIRST_RUN, QuantWish, planned
+from .choose import CHOICES, FIRST_RUN, QuantWish, planned
 from .first_run import Pending
 from .kernels import keep_choices, tell_after_a_run
 from .loras import NODE, give_loras, quantised_modules
@@ -53,7 +53,6 @@ from .teller import Progress, Teller
 log = logging.getLogger("slipstream")
 
 ACTIVATION = "activation/"  # of a layer's statistics in a profile
-CHOICES = (AUTO, *FORMATS, *([nvfp4.FORMAT] if nvfp4.available() else []))
 ACT_BITS = (4, 8, 16)
 
 DEFAULT = QuantWish()
@@ -127,10 +126,11 @@ def _tell(model, node_id: str) -> None:
 
 def check_wish(wish: QuantWish) -> None:
     if wish.format == nvfp4.FORMAT and wish.format not in CHOICES:
-        raise SlipstreamError(f"{NODE}: this ComfyUI does not know nvfp4; update it, or choose auto.")
+        raise SlipstreamError(f"{NODE}: this ComfyUI does not know {nvfp4.FORMAT}; update it, or choose auto.")
     if wish.format == nvfp4.FORMAT and (wish.calibration or wish.guard_db or wish.gptq):
         raise SlipstreamError(
-            f"{NODE}: nvfp4 is made by ComfyUI itself, without calibration, gptq and quality_guard; switch them off."
+            f"{NODE}: {nvfp4.FORMAT} is made by ComfyUI itself, without calibration, gptq and quality_guard; switch "
+            "them off."
         )
     if wish.format not in CHOICES:
         raise SlipstreamError(f"{NODE}: there is no format '{wish.format}'; choose one of {', '.join(CHOICES)}.")
@@ -233,7 +233,7 @@ def _counted(layers: Sequence[torch.nn.Module]) -> str:
     wide = sum(row.act_bits == 16 for row in ours)
     if len(ours) < len(layers):
         eight = f", {bits[8]} in 8 bit" if bits[8] else ""
-        return f"{len(layers) - len(ours)} layers in nvfp4{eight}"
+        return f"{len(layers) - len(ours)} layers in {nvfp4.FORMAT}{eight}"
     four = f"{bits[4]} layers in 4 bit" + (f" ({wide} with 16-bit activations)" if wide else "")
     return four + (f", {bits[8]} in 8 bit" if bits[8] else "")
 

@@ -30,7 +30,9 @@ from slipstream.host.switch.switch import add_switch
 from slipstream.kernels import derived, dispatch
 from slipstream.kernels.choices import Choices
 from slipstream.kernels.files import write_whole
-from slipstream.quant.layer import METHODS, quantise_linear
+from slipstream.quant.layer import quantise_linear
+
+from lab.methods import METHODS
 
 STEPS = 10
 THREADS = 8

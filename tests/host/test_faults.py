@@ -18,6 +18,7 @@ from pathlib import Path
 import comfy.model_management
 import comfy.samplers
 import folder_paths
+import psutil
 import pytest
 import torch
 from safetensors.torch import save_file

@@ -19,9 +19,12 @@ from slipstream.kernels.reference import (
     w4a4_linear,
 )
 from slipstream.quant.calibration import ActivationStatistics
-from slipstream.quant.formats import QuantisedLinear, QuantisedSplit, json_tensor, packed_bytes, read_layer
-from slipstream.quant.layer import METHODS, Spec, quantise_linear, quantise_split
+from slipstream.quant.formats import GROUPS
+from slipstream.quant.layer import Spec, quantise_linear, quantise_split
 from slipstream.quant.linear import W4A4Linear
+from slipstream.quant.packed import QuantisedLinear, QuantisedSplit, json_tensor, read_layer
+
+from lab.methods import METHODS
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -154,9 +157,9 @@ def test_a_flux_layer_is_a_quarter():
     layer = QuantisedLinear(
         "svdquant_w4a4", (n, k), torch.bfloat16, packed, scale, empty(k, 32), empty(n, 32), empty(k), empty(n)
     )
-    assert layer.nbytes == packed_bytes(n, k) <= 0.29 * n * k * 2
+    assert layer.nbytes == GROUPS.nbytes(n, k, 32) <= 0.29 * n * k * 2
     small = layer_of(Spec(rank=16), dtype=torch.bfloat16)
-    assert small.nbytes == packed_bytes(48, 256, 16)
+    assert small.nbytes == GROUPS.nbytes(48, 256, 16)
 
 
 def test_bad_files_get_one_sentence():

@@ -19,7 +19,6 @@ from slipstream.quant.calibration import (
     uniform_steps,
 )
 from slipstream.quant.layer import (
-    METHODS,
     Outcome,
     Spec,
     output_error,
@@ -35,6 +34,7 @@ from slipstream.quant.smooth import SMALL_GRID, choose, modulation_span, smooth_
 from slipstream.quant.svd import low_rank, truncated_svd
 
 from bench.quality.quant_quality import synthetic_inputs, synthetic_weight
+from lab.methods import METHODS
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
