@@ -5,6 +5,8 @@ torch.compile sees a layer as one operation of its own, `slipstream::linear`.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -26,7 +28,7 @@ def linear(x: Tensor, layer: Layer, kernel: str | None = None) -> Tensor:
     return dispatch.linear(x, layer, kernel)
 
 
-def _whole(x, *layer):
+def _whole(x: Tensor, *layer: Any) -> Tensor:
     return dispatch.linear(x, Layer(*layer))
 
 

@@ -55,7 +55,7 @@ def dequantised_linear(x: Tensor, layer: Layer, expand: Expand = expand, bytes_p
 
 def finish(out: Tensor, x: Tensor, layer: Layer) -> Tensor:
     """Add the low-rank branch of raw x to `out`, in place, and keep it finite."""
-    if layer.rank:
+    if layer.rank and layer.proj_down is not None and layer.proj_up is not None:
         down = derived(layer.proj_down, x.dtype, lambda t: t.to(x.dtype).contiguous())
         up = derived(layer.proj_up, x.dtype, lambda t: t.to(x.dtype).contiguous())
         out.addmm_(x @ down, up.T)

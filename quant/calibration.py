@@ -142,7 +142,7 @@ class Collector:
         chosen = (places < self._limit).nonzero().flatten()
         # of two rows drawn for one place the later stays, as if they had come one at a time
         last = {int(places[i]): int(i) for i in chosen}
-        if last:
+        if last and self._rows is not None:
             self._rows[list(last)] = later[list(last.values())].to(self._rows)
 
     def statistics(self) -> ActivationStatistics:

@@ -84,7 +84,7 @@ class Writer:
 
     def _write(self, name: str, tensor: Tensor) -> None:
         data = tensor.to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy()
-        self._file.write(memoryview(data))
+        self._file.write(data.data)
         end = self._offset + data.nbytes
         entry = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [self._offset, end]}
         self._entries[name], self._offset = entry, end

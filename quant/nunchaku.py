@@ -39,7 +39,9 @@ class NunchakuLayer:
     unsigned: bool = False
 
 
-def _tensor(tensors: Mapping[str, Tensor], key: str, dtypes: tuple[torch.dtype, ...], shape: tuple[int | None, ...]):
+def _tensor(
+    tensors: Mapping[str, Tensor], key: str, dtypes: tuple[torch.dtype, ...], shape: tuple[int | None, ...]
+) -> Tensor:
     """The tensor, with everything about it checked; None in shape is any size."""
     if key not in tensors:
         raise ValueError(f"'{key}' is missing: {FOREIGN}.")

@@ -212,7 +212,7 @@ class QuantisedSplit:
         """Bytes of all tensors."""
         return sum(part.nbytes for part in self.parts)
 
-    def __call__(self, x: Tensor, share: None = None, kernel: str | None = None) -> Tensor:
+    def __call__(self, x: Tensor, share: tuple[Hashable, int] | None = None, kernel: str | None = None) -> Tensor:
         """The layer's output (..., N) in x's dtype; see `QuantisedLinear`. Parts share their input with nobody."""
         if x.shape[-1] != self.shape[1]:
             raise ValueError(f"the layer takes {self.shape[1]} channels, got {x.shape[-1]}")
