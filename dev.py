@@ -22,6 +22,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 import zipfile
 from pathlib import Path
@@ -83,6 +84,8 @@ def test(environment: Environment, rest: list[str]) -> int:
         for check in (["check", "."], ["format", "--check", "."]):
             if environment.python("-m", "ruff", *check, "-q"):
                 return 1
+        if check_types(environment):
+            return 1
         # One worker per file: files share a loaded model or a server among their tests.
         rest = ["-n", str(min(4, os.cpu_count() or 1)), "--dist", "loadfile"]
     rest += ["-m", "long or not long"] if known.all else []
@@ -91,6 +94,17 @@ def test(environment: Environment, rest: list[str]) -> int:
         rest += [f"{name}={Path(value[0]).resolve()}"] if value else []
     find_browser()
     return environment.python("-m", "pytest", *rest)
+
+
+def check_types(environment: Environment) -> int:
+    """mypy, as pyproject.toml says. The name of a checkout's folder need not be one of a package, so a link is."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            Path(folder, "slipstream").symlink_to(ROOT, target_is_directory=True)
+        except OSError:
+            print("The types are not checked: this system makes no links for us.")
+            return 0
+        return environment.python("-m", "mypy", "--cache-dir", str(DEV / "mypy"), "--no-error-summary", MYPYPATH=folder)
 
 
 def find_browser() -> None:
@@ -161,11 +175,11 @@ class Environment:
         scripts = self.folder / ("Scripts" if os.name == "nt" else "bin")
         self.executable = scripts / ("python.exe" if os.name == "nt" else "python")
 
-    def python(self, *arguments: str) -> int:
-        """Run Python in the environment, from the checkout's root, and return its exit code."""
+    def python(self, *arguments: str, **more: str) -> int:
+        """Run Python in the environment, from the checkout's root, and return its exit code. more: its variables."""
         # One thread: with two, busy waiting makes the same run take several times the CPU on a small machine.
         variables = {"COMFYUI_PATH": str(self.host), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-        return subprocess.call([self.executable, *arguments], cwd=ROOT, env={**os.environ, **variables})
+        return subprocess.call([self.executable, *arguments], cwd=ROOT, env={**os.environ, **variables, **more})
 
     def prepare(self) -> None:
         """Make what is missing, one step after the other; a step that is done is not looked at again."""

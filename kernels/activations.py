@@ -1,7 +1,7 @@
 """K0: one pass over a layer's input makes everything its GEMM reads: codes, scales, the low-rank projection (Triton).
 
 Per tile of x: input activation, raw x @ proj_down, shift, division by `smooth`, Hadamard rotation, largest value of a
-group or of the row, rounding, packing. Numbers are those of `reference.quantize_activations`, division included; only a
+group or of the row, rounding, packing. Numbers are those of `reference.quantise_activations`, division included; only a
 rotation adds up in another order.
 """
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import threading
 from pathlib import Path
 
 import torch
 
+from .files import write_whole
 from .implementations import triton_version
 
 VERSION = 1  # of the kernels: choices measured with others are measured again
@@ -54,17 +54,12 @@ class Choices:
         self.entries[key] = entry
         if self.path is None:
             return
-        temporary = self.path.with_name(f"{self.path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
         with _writing:
             # another card of the same kind, or another process, may have added to it
             self.entries = {**self._in_file(), **self.entries}
             text = json.dumps({"header": self.header, "choices": self.entries}, indent=1)
-            try:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                temporary.write_text(text, encoding="utf-8")
-                os.replace(temporary, self.path)
-            finally:
-                temporary.unlink(missing_ok=True)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(self.path, text.encode())
 
 
 def _readable(entry: object) -> bool:

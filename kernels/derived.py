@@ -56,9 +56,3 @@ def branch(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     if tensor.dtype == dtype and tensor.shape[1] % 16 == 0 and tensor.is_contiguous():
         return tensor
     return derived(tensor, ("branch", dtype), lambda t: F.pad(t.to(dtype), (0, -t.shape[1] % 16)).contiguous())
-
-
-def kept_bytes() -> int:
-    """Bytes of what is kept for storages that are still there."""
-    with _lock:
-        return sum(value.nbytes for alive, value in _kept.values() if not alive.expired())

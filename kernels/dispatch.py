@@ -246,7 +246,7 @@ def _decide(state: _Device, key: str, x: Tensor, layer: Layer, name: str | None)
     best, shortest = found[0], float("inf")
     for implementation, config in found:
         try:
-            took = _time(lambda i=implementation, c=config: i.run(x, layer, c), x.device, shortest * HOPELESS)
+            took = _time(partial(implementation.run, x, layer, config), x.device, shortest * HOPELESS)
         except OutOfMemory:
             continue
         times[implementation.name] = min(took, times.get(implementation.name, float("inf")))

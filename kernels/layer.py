@@ -84,11 +84,7 @@ class Layer:
             rows = reference.hadamard(x.reshape(-1, self.k).float(), self.rotation)
             codes = reference.unpack_int4(self.weight) if self.weight_bits == 4 else self.weight
             out = rows @ (codes.float() * self.weight_scale.float().reshape(-1, 1)).T
-            if self.rank:
-                out += x.reshape(-1, self.k).float() @ self.proj_down.float() @ self.proj_up.float().T
-            if self.bias is not None:
-                out += self.bias.float()
-            return reference.rounded(out, x.dtype).view(*x.shape[:-1], self.n)
+            return reference.finish(out, x, self.proj_down, self.proj_up, self.bias)
         return reference.convrot_linear(
             x, self.weight, self.weight_scale, self.bias, rotation=self.rotation, bits=bits,
             proj_down=self.proj_down, proj_up=self.proj_up,

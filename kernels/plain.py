@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .derived import derived
 from .layer import Layer, largest_half
-from .reference import GELU_SHIFT, hadamard, quantize_activations, unpack_int4
+from .reference import GELU_SHIFT, hadamard, main_input, quantise_activations, unpack_int4
 
 # Expanded weights and integer products are made in slices of outputs, so that a call needs no more than this beside
 # its output; 64 MB keeps the product of a slice large enough for the card.
@@ -55,7 +55,7 @@ def dequantised_linear(x: Tensor, layer: Layer, expand: Expand = expand, bytes_p
 
 def finish(out: Tensor, x: Tensor, layer: Layer) -> Tensor:
     """Add the low-rank branch of raw x to `out`, in place, and keep it finite."""
-    if layer.rank:
+    if layer.rank and layer.proj_down is not None and layer.proj_up is not None:
         down = derived(layer.proj_down, x.dtype, lambda t: t.to(x.dtype).contiguous())
         up = derived(layer.proj_up, x.dtype, lambda t: t.to(x.dtype).contiguous())
         out.addmm_(x @ down, up.T)
@@ -65,10 +65,8 @@ def finish(out: Tensor, x: Tensor, layer: Layer) -> Tensor:
 
 def row_codes(x: Tensor, layer: Layer) -> tuple[Tensor, Tensor]:
     """Codes int8 (M, K) and scales float32 (M,): one scale per token, in 4 bit or 8 bit as the layer says."""
-    main = x.float() + GELU_SHIFT if layer.unsigned else x.float()
-    if layer.smooth is not None:
-        main = main / layer.smooth.float()
-    codes, scales = quantize_activations(hadamard(main, layer.rotation), bits=layer.act_bits, group_size=layer.k)
+    main = main_input(x, layer.smooth, layer.unsigned, layer.rotation)
+    codes, scales = quantise_activations(main, bits=layer.act_bits, group_size=layer.k)
     return codes, scales.view(-1)
 
 

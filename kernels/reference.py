@@ -110,7 +110,16 @@ def regular_hadamard(size: int) -> Tensor:
     return four if size == 4 else torch.kron(four, regular_hadamard(size // 4))
 
 
-def quantize_activations(
+def main_input(x: Tensor, smooth: Tensor | None = None, unsigned: bool = False, rotation: int = 0) -> Tensor:
+    """What the main path multiplies, before rounding: rotate((x + shift) / smooth), float32 (M, K).
+
+    x: (M, K) float; smooth: (K,) or None; unsigned: the shift is GELU_SHIFT, else 0; rotation: see `hadamard`.
+    """
+    main = x.float() + GELU_SHIFT if unsigned else x.float()
+    return hadamard(main if smooth is None else main / smooth.float(), rotation)
+
+
+def quantise_activations(
     x: Tensor,
     smooth: Tensor | None = None,
     shift: float = 0.0,
@@ -180,23 +189,20 @@ def w4a4_linear(
         raise ValueError(f"the layer takes {k} channels, the input has {x.shape[-1]}")
     rows = x.reshape(-1, k)
     weight = unpack_int4(packed)
-    main = rows.float() + GELU_SHIFT if unsigned else rows.float()
-    if smooth is not None:
-        main = main / smooth.float()
-    main = hadamard(main, rotation)
+    main = main_input(rows, smooth, unsigned, rotation)
     total = torch.zeros(len(rows), n, dtype=torch.float32, device=x.device)
     if act_bits == 16:
         wide = weight.view(n, -1, group_size) * weight_scale.float().T[..., None]
         total += main @ wide.view(n, k).T
     else:
-        codes, scales = quantize_activations(
+        codes, scales = quantise_activations(
             main, bits=act_bits, group_size=group_size, unsigned=unsigned and act_bits == 4
         )
         for g in range(k // group_size):
             columns = slice(g * group_size, (g + 1) * group_size)
             dot = integer_dot(codes[:, columns], weight[:, columns]).float()
             total += dot * scales[:, g, None] * weight_scale[g].float()
-    return _finish(total, x, proj_down, proj_up, bias)
+    return finish(total, x, proj_down, proj_up, bias)
 
 
 def convrot_linear(
@@ -223,14 +229,14 @@ def convrot_linear(
     if x.shape[-1] != k:
         raise ValueError(f"the layer takes {k} channels, the input has {x.shape[-1]}")
     rows = hadamard(x.reshape(-1, k).float(), rotation)
-    codes, scales = quantize_activations(rows, bits=bits, group_size=k)
+    codes, scales = quantise_activations(rows, bits=bits, group_size=k)
     total = integer_dot(codes, codes_w, (1 << (bits - 1)) - 1).float() * scales * weight_scale.float().reshape(1, -1)
-    return _finish(total, x, proj_down, proj_up, bias)
+    return finish(total, x, proj_down, proj_up, bias)
 
 
-def _finish(total: Tensor, x: Tensor, down: Tensor | None, up: Tensor | None, bias: Tensor | None) -> Tensor:
+def finish(total: Tensor, x: Tensor, down: Tensor | None, up: Tensor | None, bias: Tensor | None) -> Tensor:
     """Add the low-rank branch of raw x and the bias to float32 `total` (M, N); reshape and round to x's dtype."""
-    if down is not None and down.shape[1]:
+    if down is not None and up is not None and down.shape[1]:
         total += x.reshape(-1, x.shape[-1]).float() @ down.float() @ up.float().T
     if bias is not None:
         total += bias.float()
@@ -287,7 +293,6 @@ def nvfp4_linear(
     k = 2 * packed.shape[1]
     if x.shape[-1] != k:
         raise ValueError(f"the layer takes {k} channels, the input has {x.shape[-1]}")
-    main = x.reshape(-1, k).float()
-    main = hadamard(main if smooth is None else main / smooth.float(), rotation)
+    main = main_input(x.reshape(-1, k), smooth, rotation=rotation)
     total = nvfp4_values(*nvfp4_quantize(main)) @ nvfp4_values(packed, block_scale).T * channel_scale.float()
-    return _finish(total, x, proj_down, proj_up, bias)
+    return finish(total, x, proj_down, proj_up, bias)

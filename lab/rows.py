@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from engine.files import write_whole
+from kernels.files import write_whole
 
 COLUMNS = ("name", "model", "sampler", "steps", "evaluations", "seconds", "psnr_db", "psnr_min_db")
 

@@ -7,8 +7,8 @@ from comfy_api.latest import io
 
 from ..host.canvas.events import show
 from ..host.profiles import folder as profiles
+from ..host.quantise.choose import QuantWish
 from ..host.quantise.load import names
-from ..host.quantise.quantise import QuantWish
 from ..host.quantise.save import quantise_file
 from .schema import schema, widget
 from .w4a4_quantize import BITS, wish_widgets

@@ -7,7 +7,8 @@ from comfy_api.latest import io
 
 from ..host.canvas.events import show
 from ..host.profiles import folder as profiles
-from ..host.quantise.quantise import CHOICES, FIRST_RUN, QuantWish, quantise, summary
+from ..host.quantise.choose import CHOICES, FIRST_RUN, QuantWish, explained
+from ..host.quantise.quantise import quantise, summary
 from .schema import schema, widget
 
 BITS = {"4 bit": 4, "8 bit": 8, "16 bit": 16}
@@ -19,9 +20,7 @@ def wish_widgets(calibrations: list[str], where: str) -> list:
         widget(
             io.Combo.Input, "format", options=list(CHOICES), default=CHOICES[0],
             tooltip=(
-                "Try auto: rotated 4-bit groups with a low-rank branch, the best without data. svdquant_w4a4: "
-                "comfy-kitchen's layout. convrot_w4a4, int8_convrot: the host's own layouts. w4a8, w4a16: 4-bit "
-                "weights with 8- or 16-bit activations, nearer to the original. nvfp4: the host's own, for RTX 50."
+                f"Try auto: rotated 4-bit groups with a low-rank branch, the best without data. {explained()}"
             ),
         ),
         widget(

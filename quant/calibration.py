@@ -15,7 +15,7 @@ ROWS = 512
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Statistics:
+class ActivationStatistics:
     """The input of one linear layer (of K channels) as calibration saw it.
 
     absmax: float32 (K,), largest |x|; square: float32 (K,), mean of x^2, None where only spans are known (modulation);
@@ -49,13 +49,13 @@ class Statistics:
         return self.absmax.numel()
 
     @classmethod
-    def of(cls, inputs: Tensor, limit: int = ROWS, hessian: bool = False) -> Statistics:
+    def of(cls, inputs: Tensor, limit: int = ROWS, hessian: bool = False) -> ActivationStatistics:
         """The statistics of inputs (..., K) held at once; a calibration streams them with a `Collector`."""
         collector = Collector(inputs.shape[-1], limit, hessian)
         collector.add(inputs)
         return collector.statistics()
 
-    def merged(self, other: Statistics, limit: int = ROWS) -> Statistics:
+    def merged(self, other: ActivationStatistics, limit: int = ROWS) -> ActivationStatistics:
         """Both runs together; what either lacks is dropped. Raises ValueError when the channels differ.
 
         Rows are drawn from both in proportion to what each run saw, deterministically.
@@ -75,16 +75,16 @@ class Statistics:
             rows = torch.cat((evenly(self.rows, first), evenly(other.rows, kept - first)))
         if self.hessian is not None and other.hessian is not None:
             hessian = self.hessian + other.hessian
-        return Statistics(torch.maximum(self.absmax, other.absmax), square, rows, hessian, total)
+        return ActivationStatistics(torch.maximum(self.absmax, other.absmax), square, rows, hessian, total)
 
-    def part(self, start: int, stop: int) -> Statistics:
+    def part(self, start: int, stop: int) -> ActivationStatistics:
         """The statistics of the channels start..stop-1."""
 
         def cut(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor[..., start:stop]
 
         hessian = None if self.hessian is None else self.hessian[start:stop, start:stop]
-        return Statistics(self.absmax[start:stop], cut(self.square), cut(self.rows), hessian, self.count)
+        return ActivationStatistics(self.absmax[start:stop], cut(self.square), cut(self.rows), hessian, self.count)
 
 
 def evenly(rows: Tensor, count: int) -> Tensor:
@@ -95,7 +95,7 @@ def evenly(rows: Tensor, count: int) -> Tensor:
 
 
 class Collector:
-    """Accumulates the Statistics of one layer over the calls of a calibration run; give every layer one of its own.
+    """Accumulates the statistics of one layer over the calls of a calibration run; give every layer one of its own.
 
     Rows are kept by reservoir sampling (Vitter's algorithm R): each input row has the same chance, whatever its step.
     They are kept in the input's dtype on the CPU. The random numbers are those of `seed`, no global state is touched.
@@ -142,17 +142,17 @@ class Collector:
         chosen = (places < self._limit).nonzero().flatten()
         # of two rows drawn for one place the later stays, as if they had come one at a time
         last = {int(places[i]): int(i) for i in chosen}
-        if last:
+        if last and self._rows is not None:
             self._rows[list(last)] = later[list(last.values())].to(self._rows)
 
-    def statistics(self) -> Statistics:
+    def statistics(self) -> ActivationStatistics:
         """What was seen so far. Raises ValueError when nothing was."""
         if not self._count:
             raise ValueError("the layer was not called during calibration")
         square = (self._squares / self._count).float()
         hessian = None if self._hessian is None else self._hessian.cpu().clone()
         rows = None if self._rows is None else self._rows.clone()
-        return Statistics(self._absmax.clone(), square, rows, hessian, self._count)
+        return ActivationStatistics(self._absmax.clone(), square, rows, hessian, self._count)
 
 
 def normal_steps(steps: int, count: int, mean: float = 0.4, spread: float = 0.4) -> list[int]:

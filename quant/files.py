@@ -7,9 +7,7 @@ neither names nor sizes have to be known before, and no more than one tensor is 
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -18,7 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .formats import SPLIT, description_of, json_tensor
+from ..kernels.files import whole
+from .packed import SPLIT, description_of, json_tensor
 
 QUANTISATION = "_quantization_metadata"  # the host's name of the metadata that lists the quantised layers
 VERSION = "1.0"
@@ -55,14 +54,14 @@ class Writer:
         self.path, self.metadata = path, dict(metadata)
         room = 64 + len(_json(self.metadata)) + sum(len(_json(name)) + ENTRY for name in names)
         self._room = -(-room // ALIGN) * ALIGN
-        self._temporary = path.with_name(path.name + ".part")
+        self._whole = whole(path)
         self._entries: dict[str, dict] = {}
         self._later: dict[str, Tensor] = {}
         self._offset = 0
 
     def __enter__(self) -> Writer:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(self._temporary, "wb")
+        self._file = self._whole.__enter__()
         self._file.seek(8 + self._room)
         return self
 
@@ -85,19 +84,19 @@ class Writer:
 
     def _write(self, name: str, tensor: Tensor) -> None:
         data = tensor.to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy()
-        self._file.write(memoryview(data))
+        self._file.write(data.data)
         end = self._offset + data.nbytes
         entry = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [self._offset, end]}
         self._entries[name], self._offset = entry, end
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        try:
-            if kind is None:
+        if kind is None:
+            try:
                 self._finish()
-        finally:
-            self._file.close()
-            with contextlib.suppress(OSError):
-                self._temporary.unlink(missing_ok=True)
+            except BaseException as failed:
+                self._whole.__exit__(type(failed), failed, failed.__traceback__)
+                raise
+        self._whole.__exit__(kind, error, trace)
 
     def _finish(self) -> None:
         for name in sorted(self._later, key=lambda name: -self._later[name].element_size()):
@@ -107,8 +106,6 @@ class Writer:
             raise ValueError(f"the header takes {len(header)} bytes, {self._room} were kept free for it")
         self._file.seek(0)
         self._file.write(self._room.to_bytes(8, "little") + header.ljust(self._room))
-        self._file.close()
-        os.replace(self._temporary, self.path)
 
 
 def _json(value: object) -> str:

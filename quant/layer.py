@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,15 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..kernels.reference import GELU_SHIFT, quantize_activations
-from .calibration import Statistics, evenly, split_channels
-from .formats import FORMATS, GROUP_SIZE, QuantisedLinear, pack_int4
+from ..kernels.reference import GELU_SHIFT, quantise_activations
+from .calibration import ActivationStatistics, evenly, split_channels
+from .formats import FORMATS, GROUP_SIZE, GROUPS
+from .packed import QuantisedLinear
 from .rotate import rotate, rotation_size
 from .rounding import Rounded, gptq, rounded_to_nearest, rtn
 from .smooth import DATA_FREE_RANGE, SMALL_GRID, choose, smooth_factor
 from .svd import Branch, low_rank, refine
-
-__all__ = ["METHODS", "Outcome", "Spec", "Statistics", "quantise_group", "quantise_linear", "quantise_split"]
 
 # Rows on which candidates are compared, and outputs of the layer, at most.
 SEARCH_ROWS, SEARCH_OUTPUTS = 128, 1536
@@ -34,7 +32,7 @@ class Spec:
     """How a layer is to be quantised.
 
     format: a key of FORMATS, which sets the bits of weight and activation. rank: of the low-rank branch, 16 to 128, 0
-    for none. rotation: largest Hadamard block, 0 for none; per-row formats always rotate (by 256 if 0 is given).
+    for none. rotation: largest Hadamard block, 0 for none; formats that always rotate take 256 for 0.
     Per-row formats have neither branch nor smooth factor. smooth: "none"; "search" over `grid` by output error, which
     needs rows (with absmax alone: alpha = beta = 0.5); "modulation": alpha = beta = 0.5 on spans made without data.
     grid: (alpha, beta) candidates. refine: most rounds of fitting the branch to what rounding left. gptq: GPTQ on the
@@ -43,7 +41,7 @@ class Spec:
     Raises ValueError for what cannot be combined.
     """
 
-    format: str = "svdquant_w4a4"
+    format: str = GROUPS.name
     rank: int = 32
     rotation: int = 0
     group_size: int = GROUP_SIZE
@@ -73,21 +71,20 @@ class Spec:
         return FORMATS[self.format].act_bits
 
 
-# The methods by name; what each needs, costs and gives is in docs/quant_quality.md. `hadamard_*` (groups, rotation) are
-# the best of their class but read by this pack only; `svdquant*` is comfy-kitchen's layout, `*convrot` the host's.
-METHODS = {
-    "rtn": Spec(rank=0, smooth="none", scale_search=False),
-    "convrot": Spec("convrot_w4a4", smooth="none", scale_search=False),
-    "int8_convrot": Spec("int8_convrot", smooth="none", scale_search=False),
-    "hadamard_svd": Spec(rotation=256, smooth="none"),
-    "svdquant": Spec(),
-    "svdquant_refined": Spec(refine=20),
-    "svdquant_gptq": Spec(gptq=True),
-    "hadamard_svdquant": Spec(rotation=256),
-    "hadamard_svdquant_gptq": Spec(rotation=256, gptq=True),
-    "w4a8": Spec("w4a8"),
-    "w4a16": Spec("w4a16"),
-}
+def spec_for(
+    format: str,
+    shape: tuple[int, int],
+    rank: int = 32,
+    smooth: str = "none",
+    after_gelu: bool = False,
+    rotated: bool = False,
+) -> Spec:
+    """How a layer of this shape (N, K) is quantised in a format as it is used, of what its tensors have a place for.
+
+    rank: of the branch, at most; smooth: see `Spec`; after_gelu: the input is a GELU's output; rotated: rotate where
+    the format leaves the choice.
+    """
+    return Spec(format, **FORMATS[format].options(*shape, rank, smooth, after_gelu, rotated))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -111,7 +108,9 @@ class Outcome:
         return only
 
 
-def quantise_linear(weight: Tensor, bias: Tensor | None, spec: Spec, statistics: Statistics | None = None) -> Outcome:
+def quantise_linear(
+    weight: Tensor, bias: Tensor | None, spec: Spec, statistics: ActivationStatistics | None = None
+) -> Outcome:
     """Quantise one layer. weight: (N, K) float; bias: (N,) or None; statistics: of the layer's input, or None.
 
     Computes in float32 on the weight's device. Raises ValueError in one sentence when the width cannot be quantised,
@@ -124,7 +123,7 @@ def quantise_group(
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None],
     spec: Spec,
-    statistics: Statistics | None = None,
+    statistics: ActivationStatistics | None = None,
 ) -> Outcome:
     """Quantise layers that share their input (q, k, v): one smooth factor, one down-projection from the SVD of all.
 
@@ -135,13 +134,13 @@ def quantise_group(
     if not all(map(torch.isfinite, torch.aminmax(weight))):
         raise ValueError("the weight holds infinite numbers or NaN and cannot be quantised")
     storage = spec.storage or (weights[0].dtype if weights[0].dtype in (torch.float16, torch.bfloat16) else None)
-    work = _Work(weight, spec, statistics, storage or torch.bfloat16)
-    whole, exponents, errors, reason = work.per_row() if FORMATS[spec.format].per_row else work.grouped()
-    layers, start = [], 0
+    made = FORMATS[spec.format].quantise(Work(weight, spec, statistics, storage or torch.bfloat16))
+    layers: list[QuantisedLinear] = []
+    start = 0
     for one, bias in zip(weights, biases, strict=True):
-        layers.append(_member(whole, slice(start, start + len(one)), one.dtype, bias))
+        layers.append(_member(made, slice(start, start + len(one)), one.dtype, bias))
         start += len(one)
-    return Outcome(tuple(layers), exponents, tuple(errors), reason)
+    return Outcome(tuple(layers), made.exponents, made.errors, made.rounded.reason)
 
 
 def quantise_split(
@@ -149,7 +148,7 @@ def quantise_split(
     bias: Tensor | None,
     specs: Sequence[Spec],
     boundaries: Sequence[int],
-    statistics: Statistics | None = None,
+    statistics: ActivationStatistics | None = None,
 ) -> tuple[QuantisedLinear, ...]:
     """Quantise a layer behind a concatenation as one layer per part; their outputs, each on its channels, add up.
 
@@ -159,7 +158,7 @@ def quantise_split(
     ranges = split_channels(weight.shape[1], boundaries)
     if len(specs) != len(ranges):
         raise ValueError(f"{len(ranges)} parts need as many specifications, got {len(specs)}")
-    layers = []
+    layers: list[QuantisedLinear] = []
     for (start, stop), spec in zip(ranges, specs, strict=True):
         seen = None if statistics is None else statistics.part(start, stop)
         layers.append(quantise_linear(weight[:, start:stop], None if layers else bias, spec, seen).layer)
@@ -185,7 +184,7 @@ def sqnr(weight: Tensor, layer: QuantisedLinear, rows: Tensor, bias: Tensor | No
 
 
 def _check(
-    weights: Sequence[Tensor], biases: Sequence[Tensor | None], spec: Spec, statistics: Statistics | None
+    weights: Sequence[Tensor], biases: Sequence[Tensor | None], spec: Spec, statistics: ActivationStatistics | None
 ) -> None:
     if not weights or len(weights) != len(biases):
         raise ValueError(f"every weight needs a bias or None, got {len(weights)} and {len(biases)}")
@@ -196,9 +195,10 @@ def _check(
         raise ValueError("a bias does not have one number per row of its weight")
     if k % spec.group_size:
         raise ValueError(f"{k} input channels are not a multiple of {spec.group_size}, the layer stays in 16 bit")
-    if (spec.rotation or FORMATS[spec.format].per_row) and not rotation_size(k, spec.rotation or 256):
+    row = FORMATS[spec.format]
+    if row.rotation(spec.rotation) and not rotation_size(k, row.rotation(spec.rotation)):
         raise ValueError(f"{k} input channels cannot be rotated: no block of 16, 64 or 256 divides them")
-    if not FORMATS[spec.format].per_row and spec.rank > min(k, sum(map(len, weights))):
+    if row.branch and spec.rank > min(k, sum(map(len, weights))):
         raise ValueError(f"a branch of rank {spec.rank} does not fit a layer of {k} input channels")
     if statistics is not None and statistics.channels != k:
         raise ValueError(f"the statistics are of {statistics.channels} channels, the layer has {k}")
@@ -207,8 +207,9 @@ def _check(
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Whole:
-    """The concatenated layer before it is cut up. correction: (N,), taken off the bias of unsigned layers."""
+class Made:
+    """The concatenated layer before it is cut up. correction: (N,), taken off the bias of unsigned layers; exponents
+    and errors: see `Outcome`."""
 
     spec: Spec
     rounded: Rounded
@@ -216,52 +217,55 @@ class _Whole:
     smooth: Tensor | None = None
     branch: Branch | None = None
     correction: Tensor | None = None
+    exponents: tuple[float, float] | None = None
+    errors: tuple[float, ...] = ()
 
 
-def _member(whole: _Whole, rows: slice, dtype: torch.dtype, bias: Tensor | None) -> QuantisedLinear:
-    spec, row = whole.spec, FORMATS[whole.spec.format]
-    codes = whole.rounded.codes[rows]
-    scales = whole.rounded.scales[rows]
-    scale = scales if row.weight_bits == 8 else scales.flatten() if row.per_row else scales.T
-    if whole.correction is not None:
-        like = whole.smooth if bias is None else bias
-        wide = -whole.correction[rows] if bias is None else bias.float() - whole.correction[rows]
-        bias = wide.to(like.dtype)
+def _member(made: Made, rows: slice, dtype: torch.dtype, bias: Tensor | None) -> QuantisedLinear:
+    spec, row = made.spec, FORMATS[made.spec.format]
+    codes = made.rounded.codes[rows]
+    if made.correction is not None:
+        like = made.smooth if bias is None else bias
+        wide = -made.correction[rows] if bias is None else bias.float() - made.correction[rows]
+        bias = wide if like is None else wide.to(like.dtype)
     return QuantisedLinear(
         spec.format,
-        tuple(codes.shape),
+        (codes.shape[0], codes.shape[1]),
         dtype,
-        pack_int4(codes) if row.weight_bits == 4 else codes.contiguous(),
-        scale.contiguous(),
-        None if whole.branch is None else whole.branch.down,
-        None if whole.branch is None else whole.branch.up[rows].contiguous(),
-        whole.smooth,
+        row.pack(codes),
+        row.stored_scale(made.rounded.scales[rows]).contiguous(),
+        None if made.branch is None else made.branch.down,
+        None if made.branch is None else made.branch.up[rows].contiguous(),
+        made.smooth,
         bias,
         spec.group_size,
         spec.act_unsigned,
-        whole.rotation,
+        made.rotation,
     )
 
 
-class _Work:
+class Work:
     """The state of one quantisation: weight float32 (N, K), the rows candidates are judged on and their true output."""
 
-    def __init__(self, weight: Tensor, spec: Spec, statistics: Statistics | None, storage: torch.dtype) -> None:
+    def __init__(
+        self, weight: Tensor, spec: Spec, statistics: ActivationStatistics | None, storage: torch.dtype
+    ) -> None:
         self.weight, self.spec, self.statistics, self.storage = weight, spec, statistics, storage
-        row = FORMATS[spec.format]
-        self.rotation = rotation_size(weight.shape[1], spec.rotation or 256) if spec.rotation or row.per_row else 0
-        self.rows = self.target = None
+        self.row = FORMATS[spec.format]
+        largest = self.row.rotation(spec.rotation)
+        self.rotation = rotation_size(weight.shape[1], largest) if largest else 0
+        self.rows: Tensor | None = None
+        self.target: Tensor | None = None
         if statistics is not None and statistics.rows is not None:
             self.rows = evenly(statistics.rows, SEARCH_ROWS).to(weight)
 
-    def per_row(self) -> tuple[_Whole, None, list[float], str]:
+    def per_row(self) -> Made:
         """ConvRot: rotate, one float32 scale per row. See `convrot_linear`."""
         rotated = rotate(self.weight, self.rotation)
-        bits = FORMATS[self.spec.format].weight_bits
-        rounded = self.round(rotated, torch.ones_like(self.weight[0]), rotated.shape[1], bits, torch.float32)
-        return _Whole(self.spec, rounded, self.rotation), None, [], rounded.reason
+        rounded = self.round(rotated, torch.ones_like(self.weight[0]), rotated.shape[1], torch.float32)
+        return Made(self.spec, rounded, self.rotation)
 
-    def grouped(self) -> tuple[_Whole, tuple[float, float] | None, list[float], str]:
+    def grouped(self) -> Made:
         """SVDQuant: smooth, take the branch off, rotate, round in groups."""
         spec = self.spec
         smooth, exponents, errors = self.smooth()
@@ -272,20 +276,22 @@ class _Work:
             errors += tried
             left = smoothed - branch.smoothed(smooth)
         del smoothed
-        rounded = self.round(rotate(left, self.rotation), smooth, spec.group_size, 4, self.storage)
+        rounded = self.round(rotate(left, self.rotation), smooth, spec.group_size, self.storage)
         correction = None
         if spec.act_unsigned:
             # of the rounded residual, not the exact one: then the shift leaves no error of its own
             correction = GELU_SHIFT * (rounded.dequantise() @ smooth.float().reciprocal())
-        return _Whole(spec, rounded, self.rotation, smooth, branch, correction), exponents, errors, rounded.reason
+        return Made(spec, rounded, self.rotation, smooth, branch, correction, exponents, tuple(errors))
 
-    def round(self, main: Tensor, smooth: Tensor, group_size: int, bits: int, dtype: torch.dtype) -> Rounded:
+    def round(self, main: Tensor, smooth: Tensor, group_size: int, dtype: torch.dtype) -> Rounded:
         """Codes of the main path's weight, by GPTQ if asked for."""
-        if not self.spec.gptq:
+        bits, seen = self.row.weight_bits, self.statistics
+        if not self.spec.gptq or seen is None:
             return rtn(main, group_size, bits, self.spec.scale_search, dtype)
-        hessian, count = self.statistics.hessian, self.statistics.count
+        hessian, count = seen.hessian, seen.count
         if hessian is None:
-            rows = self.statistics.rows.to(main)
+            assert seen.rows is not None  # asked for by `_check`
+            rows = seen.rows.to(main)
             hessian, count = rows.T @ rows, len(rows)
         inverse = smooth.float().reciprocal()
         hessian = hessian.to(main) * inverse * inverse[:, None]
@@ -313,7 +319,9 @@ class _Work:
         def error(exponents: tuple[float, float]) -> float:
             factor = smooth_factor(act, span, *exponents).to(self.storage)
             branch, left = low_rank(part * factor.float(), factor, rank, self.storage, SEARCH_ITERATIONS)
-            main = rounded_to_nearest(rotate(left, self.rotation), self.spec.group_size, 4, self.storage)
+            main = rounded_to_nearest(
+                rotate(left, self.rotation), self.spec.group_size, self.row.weight_bits, self.storage
+            )
             return self.error(main, factor, branch, target)
 
         exponents, errors = choose(self.spec.grid, error)
@@ -324,7 +332,8 @@ class _Work:
 
         def make(branch: Branch) -> tuple[Branch, Tensor, float]:
             left = rotate(smoothed - branch.smoothed(smooth), self.rotation)
-            main = rtn(left, self.spec.group_size, 4, self.spec.scale_search, self.storage).dequantise()
+            bits = self.row.weight_bits
+            main = rtn(left, self.spec.group_size, bits, self.spec.scale_search, self.storage).dequantise()
             return branch, rotate(main, self.rotation), self.error(main, smooth, branch)
 
         def again(rounded: Tensor) -> Branch:
@@ -357,13 +366,8 @@ def fake_quantised(inputs: Tensor, spec: Spec) -> Tensor:
     """What a layer of `spec` makes of its smoothed and rotated input (n, K): rounded and scaled back, float32."""
     if spec.act_bits == 16:
         return inputs
-    codes, scales = quantize_activations(
+    codes, scales = quantise_activations(
         inputs, bits=spec.act_bits, group_size=spec.group_size, unsigned=spec.act_unsigned and spec.act_bits == 4
     )
     groups = codes.float().view(len(inputs), -1, spec.group_size)
     return groups.mul_(scales[..., None]).view(inputs.shape)
-
-
-def with_spec(spec: Spec, **changes: object) -> Spec:
-    """`spec` with some fields changed; for tables of methods."""
-    return dataclasses.replace(spec, **changes)

@@ -15,12 +15,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from .formats import QuantisedLinear, QuantisedSplit
+from .packed import QuantisedLinear, QuantisedSplit
 from .svd import truncated_svd
 
 # Ranks tried in turn for a change of the weight that is known only as a matrix; more bytes than the packed weight has
@@ -51,7 +52,7 @@ class _Change:
     """What is added to a layer as long as `on` is its weight: down (K, r), up (N, r), float32 bias (N,); or what takes
     its place, `whole`. mark: whose it is."""
 
-    on: Parameter
+    on: Tensor
     down: Tensor | None = None
     up: Tensor | None = None
     bias: Tensor | None = None
@@ -90,7 +91,7 @@ class W4A4Linear(torch.nn.Linear):
     def lora(self) -> tuple[Tensor, Tensor] | None:
         """The LoRA's down (K, r) and up (N, r), strength included, or None."""
         change = self._current()
-        return None if change is None or change.down is None else (change.down, change.up)
+        return None if change is None or change.down is None or change.up is None else (change.down, change.up)
 
     @property
     def lora_of(self) -> object:
@@ -104,9 +105,7 @@ class W4A4Linear(torch.nn.Linear):
     def layer(self, device: torch.device | None = None, lora: bool = True) -> QuantisedLinear | QuantisedSplit:
         """The layer as it computes now, its tensors on `device` (None: where they are), with or without its LoRA."""
 
-        def there(tensor: Tensor | None) -> Tensor | None:
-            if tensor is None:
-                return None
+        def there(tensor: Tensor) -> Tensor:
             target = device or tensor.device
             # a copy to the CPU that is not waited for would be read before it is there
             return tensor.detach().to(target, non_blocking=target.type != "cpu")
@@ -117,9 +116,10 @@ class W4A4Linear(torch.nn.Linear):
         parts, start = [], 0
         for i, part in enumerate(self._parts):
             stop = start + part.shape[1]
-            found = {name: there(self._parameters.get(_part_name(i, name))) for name in TENSORS}
-            down, up, bias = found["weight_proj_down"], found["weight_proj_up"], found["bias"]
-            if current is not None and current.down is not None:
+            held = {name: self._parameters.get(_part_name(i, name)) for name in TENSORS}
+            found = {name: there(tensor) for name, tensor in held.items() if tensor is not None}
+            down, up, bias = found.get("weight_proj_down"), found.get("weight_proj_up"), found.get("bias")
+            if current is not None and current.down is not None and current.up is not None:
                 down, up = _beside(down, there(current.down[start:stop])), _beside(up, there(current.up))
             if current is not None and current.bias is not None and not i:
                 bias = there(current.bias) if bias is None else bias.float() + there(current.bias)
@@ -132,7 +132,7 @@ class W4A4Linear(torch.nn.Linear):
                     found["weight_scale"],
                     down,
                     up,
-                    found["weight_smooth_factor"],
+                    found.get("weight_smooth_factor"),
                     bias,
                     part.group_size,
                     part.act_unsigned,
@@ -155,14 +155,14 @@ class W4A4Linear(torch.nn.Linear):
         mark: given back by `lora_of`. Raises ValueError when the shapes do not fit.
         """
         n, k = self.out_features, self.in_features
-        where = {"device": self.weight.device, "dtype": self.lora_dtype}
         if down is None or up is None or not down.shape[1]:
             down = up = None
         else:
             rank = down.shape[1]
             if tuple(down.shape) != (k, rank) or tuple(up.shape) != (n, rank):
                 raise ValueError(f"a LoRA of shapes {tuple(up.shape)} and {tuple(down.shape)} does not fit {n} x {k}")
-            down, up = down.detach().to(**where), up.detach().to(**where)
+            device, dtype = self.weight.device, self.lora_dtype
+            down, up = down.detach().to(device, dtype), up.detach().to(device, dtype)
         bias = None if bias is None else bias.detach().float().to(self.weight.device)
         self._change, self.lora_error = _Change(self.weight, down, up, bias, mark=mark), 0.0
 
@@ -246,10 +246,10 @@ class W4A4Linear(torch.nn.Linear):
         current = self._current()
         super()._apply(moved, recurse)
         if current is not None:
-            parts = (None if part is None else moved(part) for part in (current.down, current.up, current.bias))
+            down, up, bias = (None if t is None else moved(t) for t in (current.down, current.up, current.bias))
             whole = None if current.whole is None else _each_tensor(current.whole, moved)
             # torch may have replaced the parameter object
-            self._change = _Change(self.weight, *parts, whole, current.mark)
+            self._change = _Change(self.weight, down, up, bias, whole, current.mark)
         return self
 
     def extra_repr(self) -> str:
@@ -275,10 +275,15 @@ def _each_tensor(
     layer: QuantisedLinear | QuantisedSplit, fn: Callable[[Tensor], Tensor]
 ) -> QuantisedLinear | QuantisedSplit:
     if isinstance(layer, QuantisedSplit):
-        return QuantisedSplit(tuple(_each_tensor(part, fn) for part in layer.parts))
+        return QuantisedSplit(tuple(_each_of_part(part, fn) for part in layer.parts))
+    return _each_of_part(layer, fn)
+
+
+def _each_of_part(part: QuantisedLinear, fn: Callable[[Tensor], Tensor]) -> QuantisedLinear:
     names = ("weight", "weight_scale", "proj_down", "proj_up", "smooth", "bias")
-    tensors = {name: tensor for name in names if (tensor := getattr(layer, name)) is not None}
-    return dataclasses.replace(layer, **{name: fn(tensor) for name, tensor in tensors.items()})
+    tensors = {name: getattr(part, name) for name in names}
+    changed: dict[str, Any] = {name: fn(tensor) for name, tensor in tensors.items() if tensor is not None}
+    return dataclasses.replace(part, **changed)
 
 
 def _beside(stored: Tensor | None, added: Tensor) -> Tensor:

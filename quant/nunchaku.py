@@ -22,8 +22,8 @@ FOREIGN = "the file is damaged, or it is no svdq-int4 FLUX.1 checkpoint of nunch
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Layer:
-    """One W4A4 linear layer of N outputs, K inputs and rank R.
+class NunchakuLayer:
+    """One W4A4 linear layer of a nunchaku file, of N outputs, K inputs and rank R.
 
     codes: int8 (N, K), -8..7; scales: (K/64, N), weight = codes * scales; smooth: (K,), divides the input; down: (K, R)
     and up: (N, R), for the input as it comes; bias: (N,). unsigned: the 4-bit activations are 0..15 of
@@ -39,7 +39,9 @@ class Layer:
     unsigned: bool = False
 
 
-def _tensor(tensors: Mapping[str, Tensor], key: str, dtypes: tuple[torch.dtype, ...], shape: tuple[int | None, ...]):
+def _tensor(
+    tensors: Mapping[str, Tensor], key: str, dtypes: tuple[torch.dtype, ...], shape: tuple[int | None, ...]
+) -> Tensor:
     """The tensor, with everything about it checked; None in shape is any size."""
     if key not in tensors:
         raise ValueError(f"'{key}' is missing: {FOREIGN}.")
@@ -71,22 +73,10 @@ def _unpack_codes(packed: Tensor) -> Tensor:
     return ((nibbles ^ 8).to(torch.int8) - 8).permute(0, 2, 5, 3, 1, 6, 4, 7).reshape(n, k)
 
 
-def _pack_codes(codes: Tensor) -> Tensor:
-    n, k = codes.shape
-    lanes = codes.reshape(n // TILE, 8, 2, 8, k // GROUP, 2, 4, 8).permute(0, 4, 1, 3, 6, 2, 5, 7).contiguous()
-    nibbles = lanes.view(torch.uint8) & 15
-    return (nibbles[..., 0::2] | nibbles[..., 1::2] << 4).reshape(n, k // 2).view(torch.int8)
-
-
 def _unpack_scales(packed: Tensor) -> Tensor:
     """(G, N) with the channels of each 128 as the lanes of a warp load them, to (G, N) in order."""
     g, n = packed.shape
     return packed.reshape(n // TILE, g, 8, 4, 2, 2).permute(1, 0, 2, 4, 3, 5).reshape(g, n)
-
-
-def _pack_scales(scales: Tensor) -> Tensor:
-    g, n = scales.shape
-    return scales.reshape(g, n // TILE, 8, 2, 4, 2).permute(1, 0, 2, 4, 3, 5).reshape(g, n)
 
 
 def _unpack_low_rank(packed: Tensor, down: bool) -> Tensor:
@@ -98,15 +88,9 @@ def _unpack_low_rank(packed: Tensor, down: bool) -> Tensor:
     return tiles.permute(0, 3, 1, 2).reshape(c, r) if down else tiles.permute(0, 2, 1, 3).reshape(c, r)
 
 
-def _pack_low_rank(matrix: Tensor, down: bool) -> Tensor:
-    c, r = matrix.shape
-    tiles = matrix.reshape(c // 16, 16, r // 16, 16).permute((0, 2, 3, 1) if down else (0, 2, 1, 3))
-    return tiles.reshape(c // 16, r // 16, 2, 8, 2, 4, 2).permute(0, 1, 3, 5, 2, 4, 6).reshape(c, r)
-
-
 def unpack_layer(
     tensors: Mapping[str, Tensor], name: str, unsigned: bool = False, shape: tuple[int, int] | None = None
-) -> Layer:
+) -> NunchakuLayer:
     """The layer whose tensors are `name.qweight`, `name.wscales`, ...; N and K with the padding unless shape cuts it.
 
     `lora_down` and `lora_up` (R = 0) and `bias` (zeros) may be absent. Raises ValueError for anything that is not as
@@ -135,7 +119,7 @@ def unpack_layer(
         rank = _whole(f"{name}.lora_down", "ranks", packed_down.shape[1], RANK_TILE)
         down = _unpack_low_rank(packed_down, True)
         up = _unpack_low_rank(_tensor(tensors, f"{name}.lora_up", h, (n, rank)), False)
-    return Layer(
+    return NunchakuLayer(
         codes=_unpack_codes(packed)[:rows, :columns],
         scales=_unpack_scales(scales)[: columns // GROUP, :rows],
         smooth=_unpack_scales(smooth[None])[0, :columns],
@@ -144,27 +128,6 @@ def unpack_layer(
         bias=bias[:rows],
         unsigned=unsigned,
     )
-
-
-def pack_layer(layer: Layer, name: str) -> dict[str, Tensor]:
-    """The inverse of `unpack_layer`: pads N and K to 128 and R to 16 as deepcompressor does."""
-    n, k = (-(-size // TILE) * TILE for size in layer.codes.shape)
-    r = -(-layer.down.shape[1] // RANK_TILE) * RANK_TILE
-    found = {
-        "qweight": _pack_codes(_padded(layer.codes, (n, k), 0)),
-        "wscales": _pack_scales(_padded(layer.scales, (k // GROUP, n), 1)),
-        "smooth": _pack_scales(_padded(layer.smooth[None], (1, k), 1))[0],
-        "bias": _pack_scales(_padded(layer.bias[None], (1, n), 1))[0],
-    }
-    if r:
-        found["lora_down"] = _pack_low_rank(_padded(layer.down, (k, r), 0), True)
-        found["lora_up"] = _pack_low_rank(_padded(layer.up, (n, r), 0), False)
-    return {f"{name}.{key}": value for key, value in found.items()}
-
-
-def _padded(matrix: Tensor, shape: tuple[int, int], value: float) -> Tensor:
-    rows, columns = (size - have for size, have in zip(shape, matrix.shape, strict=True))
-    return torch.nn.functional.pad(matrix, (0, columns, 0, rows), value=value)
 
 
 # deepcompressor adds this to each split's bias: 1 to every scale, which x * (1 + scale) + shift has beside it.
@@ -197,23 +160,6 @@ def unpack_modulation(tensors: Mapping[str, Tensor], name: str, splits: int) -> 
     delta = torch.tensor(SPLIT_BIAS[splits])
     natural = (bias.float().reshape(n // splits, splits) - delta).t().reshape(n)
     return weight.to(scales.dtype), natural.to(scales.dtype)
-
-
-def pack_modulation(
-    codes: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor, name: str, splits: int
-) -> dict[str, Tensor]:
-    """The inverse: codes (N, K) 0..15, scales and zeros (K/64, N), bias (N,), all in the original layer's order."""
-    n, k = codes.shape
-    turned = torch.arange(n).reshape(splits, n // splits).t().reshape(-1)
-    words = codes[turned].to(torch.uint8).reshape(n // 4, 4, k // GROUP, 2, 2, 2, 8).permute(0, 2, 1, 3, 6, 4, 5)
-    packed = (words[..., 0] | words[..., 1] << 4).contiguous().reshape(n // 4, k * 2).view(torch.int32)
-    delta = torch.tensor(SPLIT_BIAS[splits], dtype=bias.dtype).repeat(n // splits)
-    return {
-        f"{name}.qweight": packed,
-        f"{name}.wscales": scales[:, turned],
-        f"{name}.wzeros": zeros[:, turned],
-        f"{name}.bias": bias[turned] + delta,
-    }
 
 
 # nunchaku's name in a block to the host's, and whether the 4-bit activations are unsigned.
@@ -282,7 +228,7 @@ def blocks_of(keys: Iterable[str]) -> tuple[int, int]:
     return len(doubles), len(singles)
 
 
-def w4a4_layers(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, tuple[Layer, ...]]]:
+def w4a4_layers(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, tuple[NunchakuLayer, ...]]]:
     """(the host's layer name, its parts) of every W4A4 layer, read one after the other.
 
     One part, or two for `linear2`: attention and GELU outputs lie side by side along K, each with its own kind of
@@ -304,11 +250,11 @@ def w4a4_layers(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, tuple[Laye
         yield f"single_blocks.{i}.linear2", (out, fc2)
 
 
-def _side_by_side(first: Layer, second: Layer, block: str) -> Layer:
+def _side_by_side(first: NunchakuLayer, second: NunchakuLayer, block: str) -> NunchakuLayer:
     """Two layers of the same input as one of N1 + N2 outputs; the low-rank branches stay apart (rank R1 + R2)."""
     if first.smooth.shape != second.smooth.shape or not torch.equal(first.smooth, second.smooth):
         raise ValueError(f"'{block}' has a qkv_proj and an mlp_fc1 with other smooth factors: {FOREIGN}.")
-    return Layer(
+    return NunchakuLayer(
         codes=torch.cat((first.codes, second.codes)),
         scales=torch.cat((first.scales, second.scales), 1),
         smooth=first.smooth,

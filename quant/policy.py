@@ -412,7 +412,7 @@ def _choose(
     outputs, inputs = sizes[name]
     if limits and (small := _too_small(outputs, inputs, limits, 0 if chosen in typed else policy.smallest_side)):
         return Choice("keep", name, why=small)
-    if chosen.treatment != "w4a4" or match is None:
+    if chosen.treatment != "w4a4" or rule is None or match is None:
         return Choice(chosen.treatment, name, why=chosen.why)
     # What feeds a layer is a fact of the network: it also holds where the user chose the treatment.
     group = match.expand(rule.group) if rule.group else name
@@ -452,13 +452,13 @@ def _raised(sqnr_db: Mapping[str, float], share: float | None, floor_db: float |
     value = {name: -math.inf if math.isnan(db) else db for name, db in sqnr_db.items()}
     order = sorted(value, key=lambda name: (value[name], name))
     worst = math.ceil((share or 0) * len(order) - 1e-9)
+    floor = -math.inf if floor_db is None else floor_db
     raised = []
     for rank, name in enumerate(order):
-        below = floor_db is not None and value[name] < floor_db
-        if below and value[name] + INT8_GAIN_DB < floor_db:
-            raised.append((name, "keep", f"{value[name]:.1f} dB at 4 bit: 8 bit would miss {floor_db:g} dB too"))
-        elif below:
-            raised.append((name, "w8a8", f"{value[name]:.1f} dB at 4 bit is below {floor_db:g} dB"))
+        if value[name] + INT8_GAIN_DB < floor:
+            raised.append((name, "keep", f"{value[name]:.1f} dB at 4 bit: 8 bit would miss {floor:g} dB too"))
+        elif value[name] < floor:
+            raised.append((name, "w8a8", f"{value[name]:.1f} dB at 4 bit is below {floor:g} dB"))
         elif rank < worst:
             raised.append((name, "w8a8", f"{value[name]:.1f} dB at 4 bit, number {rank + 1} of the worst {worst}"))
     return raised

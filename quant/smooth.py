@@ -14,12 +14,6 @@ SMALL_GRID = ((0.0, 0.0), (0.3, 0.0), (0.5, 0.0), (0.7, 0.0), (0.3, 0.7), (0.5, 
 CALIBRATED_RANGE, DATA_FREE_RANGE = 1e3, 64.0
 
 
-def full_grid(points: int = 20) -> tuple[tuple[float, float], ...]:
-    """deepcompressor's candidates: (0, 0), then (a, 0) and (a, 1 - a) for a = i / points, 0 < i < points."""
-    inner = [i / points for i in range(1, points)]
-    return ((0.0, 0.0), *((a, 0.0) for a in inner), *((a, 1.0 - a) for a in inner))
-
-
 def smooth_factor(
     act_absmax: Tensor, weight_absmax: Tensor, alpha: float, beta: float, limit: float = CALIBRATED_RANGE
 ) -> Tensor:

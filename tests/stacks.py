@@ -25,7 +25,8 @@ from slipstream.host.canvas import events
 from slipstream.host.model import add_compensator
 from slipstream.host.quantise import load as quant_load
 from slipstream.host.quantise import save as quant_files
-from slipstream.host.quantise.quantise import QuantWish, quantise
+from slipstream.host.quantise.choose import QuantWish
+from slipstream.host.quantise.quantise import quantise
 from slipstream.host.switch.segments import SwitchConfig
 from slipstream.host.switch.switch import add_switch
 

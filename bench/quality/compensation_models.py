@@ -90,35 +90,33 @@ def quick_layers() -> None:
     the order of float32 sums, in half its time."""
     import torch
     from slipstream.kernels import reference
+    from slipstream.kernels.layer import Layer
     from slipstream.quant import formats
 
     kept: dict[int, tuple] = {}
+    exact = formats.linear
 
-    def linear(x, packed, weight_scale, proj_down=None, proj_up=None, smooth=None, bias=None, *, act_bits=4,
-               group_size=64, unsigned=False, rotation=0, **kernel):  # fmt: skip
-        key = packed.data_ptr()
+    def linear(x, layer, kernel=None):
+        if layer.per_row or layer.act_bits != 4:
+            return exact(x, layer, kernel)
+        key = layer.weight.data_ptr()
         if key not in kept:
-            groups = reference.unpack_int4(packed).view(packed.shape[0], -1, group_size).float()
-            kept[key] = packed, (groups * weight_scale.float().T[..., None]).flatten(1).T.contiguous()
-        rows = x.reshape(-1, x.shape[-1]).float()
-        main = rows + reference.GELU_SHIFT if unsigned else rows
-        main = reference.hadamard(main if smooth is None else main / smooth.float(), rotation)
-        groups = main.view(len(main), -1, group_size)
-        least, most = (0, 15) if unsigned else (-7, 7)
-        scale = groups.abs().amax(-1, keepdim=True).clamp_min(reference.SMALLEST_MAX) / most
-        total = (groups / scale).round_().clamp_(least, most).mul_(scale).flatten(1) @ kept[key][1]
-        if proj_down is not None and proj_down.shape[1]:
-            total += rows @ proj_down.float() @ proj_up.float().T
-        return (total if bias is None else total + bias.float()).view(*x.shape[:-1], -1).to(x.dtype)
+            groups = reference.unpack_int4(layer.weight).view(layer.n, -1, layer.group_size).float()
+            kept[key] = layer.weight, (groups * layer.weight_scale.float().T[..., None]).flatten(1).T.contiguous()
+        main = reference.main_input(x.reshape(-1, layer.k), layer.smooth, layer.unsigned, layer.rotation)
+        codes, scales = reference.quantise_activations(main, group_size=layer.group_size, unsigned=layer.unsigned)
+        rounded = codes.view(len(main), -1, layer.group_size).float().mul_(scales[..., None]).flatten(1)
+        return reference.finish(rounded @ kept[key][1], x, layer.proj_down, layer.proj_up, layer.bias)
 
-    exact, generator = formats.w4a4_linear, torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     packed = torch.randint(-128, 128, (64, 64), generator=generator, dtype=torch.int8)
-    case = torch.randn(9, 128, generator=generator), packed, torch.rand(2, 64, generator=generator)
-    true = exact(*case)
-    if float((linear(*case) - true).norm() / true.norm()) > 1e-5:
+    x = torch.randn(9, 128, generator=generator)
+    layer = Layer(packed, torch.rand(2, 64, generator=generator))
+    true = exact(x, layer)
+    if float((linear(x, layer) - true).norm() / true.norm()) > 1e-5:
         raise SystemExit("the bench's 4-bit layer is not that of kernels/reference.py any more; compare the two")
     kept.clear()
-    formats.w4a4_linear = linear
+    formats.linear = linear
 
 
 def cached(model, lab: Lab, order: int, computed: int = COMPUTED, more: Sequence[float] = ()):
@@ -164,12 +162,15 @@ def seen_inputs(lab: Lab, names) -> dict:
 
 def quantised_models(lab: Lab) -> dict[str, object]:
     """Every quantiser's model, and the last one's with a tenth of its weights in 8 bit, the worst layers first."""
+    from slipstream.host.quantise.choose import QuantWish
     from slipstream.host.quantise.loras import PREFIX, original
-    from slipstream.host.quantise.make import Quantised, place
-    from slipstream.host.quantise.quantise import QuantWish, quantise, quantised
-    from slipstream.quant.layer import METHODS, output_error, quantise_linear, with_spec
+    from slipstream.host.quantise.placed import Quantised, place
+    from slipstream.host.quantise.quantise import quantise, quantised
+    from slipstream.quant.layer import output_error, quantise_linear
     from slipstream.quant.linear import W4A4Linear
     from slipstream.quant.rotate import rotation_size
+
+    from lab.methods import METHODS, with_spec
 
     data_free = quantised(quantise(lab.base, QuantWish(format="convrot_w4a4"))).layers
     names = [name for name, layer in data_free.items() if layer.format == "convrot_w4a4"]

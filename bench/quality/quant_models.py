@@ -41,7 +41,7 @@ class Method:
 
 def methods() -> list[Method]:
     """In the order of the tables."""
-    from slipstream.quant.layer import METHODS, with_spec
+    from lab.methods import METHODS, with_spec
 
     rotated = METHODS["hadamard_svd"]
     kitchen = []
@@ -233,11 +233,13 @@ def layers_of(choices: dict[str, Chosen], method: Method, seen: dict, spans: dic
 
 def fitted(method: Method, choice: Chosen, outputs: int, seen: dict, spans: dict[str, Tensor], name: str) -> tuple:
     """(the method's specification for a group that begins with this layer, what it may know of its input)."""
-    from slipstream.quant.layer import Statistics, with_spec
+    from slipstream.quant.calibration import ActivationStatistics
+
+    from lab.methods import with_spec
 
     spec = with_spec(method.spec, rank=min(method.spec.rank, outputs, choice.layer.in_features))
     if method.data == MODULATION:
-        return spec, Statistics(spans[name]) if name in spans else None
+        return spec, ActivationStatistics(spans[name]) if name in spans else None
     if method.data == "none":
         return spec, None
     if choice.after_gelu and not spec.rotation:

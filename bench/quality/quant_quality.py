@@ -141,7 +141,9 @@ def synthetic_inputs(rows: int, k: int, magnitude: float, seed: int) -> Tensor:
 
 def schemes() -> dict[str, tuple[str, object]]:
     """Name -> (data it needs, specification)."""
-    from slipstream.quant.layer import METHODS, Spec, with_spec
+    from slipstream.quant.layer import Spec
+
+    from lab.methods import METHODS, with_spec
 
     rotated = METHODS["hadamard_svd"]
     return {
@@ -187,12 +189,13 @@ def known(statistics, data: str):
 
 def synthetic(width: int = WIDTH) -> list[dict]:
     """One row per method: relative output error at every outlier size, packed megabytes, seconds to quantise."""
-    from slipstream.quant.layer import Statistics, output_error, quantise_linear
+    from slipstream.quant.calibration import ActivationStatistics
+    from slipstream.quant.layer import output_error, quantise_linear
 
     weight = synthetic_weight(width, width).bfloat16()
     inputs = {
         m: (
-            Statistics.of(synthetic_inputs(CALIBRATION, width, m, 1), hessian=True),
+            ActivationStatistics.of(synthetic_inputs(CALIBRATION, width, m, 1), hessian=True),
             synthetic_inputs(HELD_OUT, width, m, 2),
         )
         for m in MAGNITUDES
@@ -213,13 +216,16 @@ def synthetic(width: int = WIDTH) -> list[dict]:
 
 def large() -> list[dict]:
     """Seconds and peak memory of quantising one layer: FLUX's largest without GPTQ, a square one by every method."""
-    from slipstream.quant.layer import METHODS, Statistics, quantise_linear
+    from slipstream.quant.calibration import ActivationStatistics
+    from slipstream.quant.layer import quantise_linear
+
+    from lab.methods import METHODS
 
     rows = []
     for (n, k), names in ((LARGE, ("convrot", "hadamard_svd", "svdquant")), (TIMED, METHODS)):
         weight = synthetic_weight(n, k).bfloat16()
         inputs = synthetic_inputs(1024, k, 30, 1)
-        statistics = Statistics.of(inputs, hessian=(n, k) == TIMED)
+        statistics = ActivationStatistics.of(inputs, hessian=(n, k) == TIMED)
         del inputs
         for name in names:
             if name == "svdquant_refined":  # minutes
@@ -251,7 +257,8 @@ def peak() -> float:
 def host_rows() -> list[dict]:
     """The trained small models quantised by the host's node, scored like the methods."""
     from slipstream.demo import emoji
-    from slipstream.host.quantise.quantise import QuantWish, quantise
+    from slipstream.host.quantise.choose import QuantWish
+    from slipstream.host.quantise.quantise import quantise
 
     rows = []
     for name, load, scheduler in (("Flux", emoji.load_flux, "simple"), ("SD1.5", emoji.load_unet, "normal")):

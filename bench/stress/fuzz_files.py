@@ -112,7 +112,9 @@ class Layers(Target):
         self.path = folder / "layers.safetensors"
         torch.manual_seed(0)
         from slipstream.quant.files import quantisation
-        from slipstream.quant.layer import METHODS, quantise_group, with_spec
+        from slipstream.quant.layer import quantise_group
+
+        from lab.methods import METHODS, with_spec
 
         self.tensors, described = {"plain.weight": torch.randn(4, 4)}, {}
         for name, method, options in (("a", "svdquant", {"rank": 16}), ("b", "convrot", {}), ("c", "int8_convrot", {})):
@@ -145,8 +147,8 @@ class Layers(Target):
 
     def case(self, rng: Random) -> Case:
         from slipstream.quant.files import Described, File
-        from slipstream.quant.formats import read_layer
         from slipstream.quant.linear import W4A4Linear
+        from slipstream.quant.packed import read_layer
 
         data = self.data(rng)
 
@@ -173,7 +175,7 @@ class Models(Layers):
 
     def __init__(self, folder: Path):
         Target.__init__(self, folder)
-        from slipstream.host.quantise.quantise import QuantWish
+        from slipstream.host.quantise.choose import QuantWish
         from slipstream.host.quantise.save import quantise_file
         from slipstream.quant.files import QUANTISATION
 
@@ -264,6 +266,8 @@ def nunchaku_checkpoint(width: int = 128) -> dict[str, torch.Tensor]:
     """One double and one single block as nunchaku's files have them, with random numbers."""
     from slipstream.quant import nunchaku as n
 
+    from lab.nunchaku import pack_layer, pack_modulation
+
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -272,12 +276,12 @@ def nunchaku_checkpoint(width: int = 128) -> dict[str, torch.Tensor]:
     def layer(name: str, rows: int, columns: int, smooth: torch.Tensor) -> dict:
         codes = torch.randint(-8, 8, (rows, columns), generator=generator).to(torch.int8)
         down, up = normal(columns, 16), normal(rows, 16)
-        return n.pack_layer(n.Layer(codes, normal(columns // 64, rows), smooth, down, up, normal(rows)), name)
+        return pack_layer(n.NunchakuLayer(codes, normal(columns // 64, rows), smooth, down, up, normal(rows)), name)
 
     def modulation(name: str, splits: int) -> dict:
         codes = torch.randint(0, 16, (splits * width, width), generator=generator)
         pair = normal(width // 64, splits * width), normal(width // 64, splits * width)
-        return n.pack_modulation(codes, *pair, normal(splits * width), name, splits)
+        return pack_modulation(codes, *pair, normal(splits * width), name, splits)
 
     def smooth(k: int) -> torch.Tensor:
         return normal(k).abs() + 0.5

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from engine.files import write_whole
+from kernels.files import write_whole
 from lab.boot import ROOT
 from lab.rows import table
 

@@ -26,7 +26,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.files import write_whole
+from kernels.files import write_whole
 
 from .smoke import CHECKS
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from engine.files import write_whole
+from kernels.files import write_whole
 from lab.boot import ROOT
 
 PAGE = ROOT / "docs" / "first_walk.md"

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors import torch as safetensors
 from torch import Tensor
 
-from ..files import write_whole
+from ...kernels.files import write_whole
 from .statistics import Statistics
 
 KEY = "slipstream_profile"

@@ -37,6 +37,7 @@ from ...engine.correction.correctors import (
 from ...engine.metrics import psnr
 from ...engine.run.plan import LARGE_MODEL, UNCACHED, CompensatorConfig, Plan
 from ...engine.run.samplers import sampler_traits
+from ...quant.formats import FORMATS, INT8
 from ...quant.linear import W4A4Linear
 from ..model import plan_of, with_plan
 from ..parts import FIT, put_on
@@ -285,4 +286,4 @@ def _of_weights(config: CompensatorConfig) -> bool:
 def _has_better_weights(model) -> bool:
     """Whether layers of fewer than 8 bit were put in the places of others, which can be asked."""
     placed = (layer for layer in model.object_patches.values() if isinstance(layer, W4A4Linear))
-    return any(layer.format != "int8_convrot" for layer in placed)
+    return any(FORMATS[layer.format].weight_bits < INT8.weight_bits for layer in placed)

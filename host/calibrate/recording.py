@@ -23,7 +23,7 @@ from ...engine.run.samplers import sampler_traits
 from ..model import plan_of, with_plan
 from ..parts import PROFILE, RECORDER, put_on
 from ..profiles.folder import HANDED
-from ..quantise.make import linears_of
+from ..quantise.choose import linears_of
 from .job import NODE, Job, Tell, Wish, silent
 
 # One more evaluation in so many measures how disturbances grow: a full run costs a tenth more with it.

@@ -25,9 +25,9 @@ from torch import Tensor
 from ...engine.correction.anchors import DECAY, automatic
 from ...engine.run.plan import AUTOMATIC, EIGHT_BIT, LARGE_MODEL, UNCACHED
 from ...engine.sites.calls import ASKING
-from ...quant.layer import METHODS, quantise_linear, with_spec
+from ...quant.formats import FORMATS, INT8
+from ...quant.layer import quantise_linear, spec_for
 from ...quant.linear import W4A4Linear
-from ...quant.rotate import rotation_size
 from ..quantise.loras import PREFIX, original, quantised_modules
 from ..switch.segments import TURN
 
@@ -202,7 +202,7 @@ class BetterWeights:
     def _make(self) -> None:
         started = time.perf_counter()
         for path, (layer, own) in self.layers.items():
-            if self.kind == EIGHT_BIT and rotation_size(own.weight.shape[1]):
+            if self.kind == EIGHT_BIT and INT8.fits(own.weight.shape[1]):
                 copy = self._copy(path, layer, own)
                 self.nbytes += sum(p.numel() * p.element_size() for p in copy.parameters())
                 self._forwards[path] = copy.forward
@@ -218,7 +218,7 @@ class BetterWeights:
             return known[1]
         with torch.inference_mode(False), torch.no_grad():
             weight, bias = (self._patched(path, own, part) for part in ("weight", "bias"))
-            spec = with_spec(METHODS["int8_convrot"], group_size=rotation_size(weight.shape[1]))
+            spec = spec_for(INT8.name, tuple(weight.shape))
             copy = W4A4Linear(quantise_linear(weight, bias, spec).layer).to("cpu")
         _COPIES[layer] = mark, copy
         return copy
@@ -261,7 +261,7 @@ def _with_originals(patcher, kind: str) -> tuple[dict[str, tuple[W4A4Linear, tor
     layers it has with or without an original."""
     found, count = {}, 0
     for path, layer in quantised_modules(patcher):
-        if kind == EIGHT_BIT and layer.format == "int8_convrot":
+        if kind == EIGHT_BIT and FORMATS[layer.format].weight_bits >= INT8.weight_bits:
             continue
         count += 1
         own = patcher.object_patches_backup.get(path)

@@ -20,29 +20,16 @@ import torch
 from comfy.patcher_extension import WrapperExecutor
 from torch import Tensor
 
-from ...quant.calibration import Collector, Statistics, uniform_steps
+from ...quant.calibration import ActivationStatistics, Collector, uniform_steps
 from ...quant.formats import FORMATS
 from ..allocations import unrecorded
 from ..conflicts import MARKS
-from ..parts import RUN, put_on
+from ..parts import QUANTISED, RUN, put_on
+from .choose import Choices, QuantWish, planned
 from .loras import NODE
-from .make import (
-    KEY,
-    Check,
-    Plan,
-    Quantised,
-    QuantWish,
-    Teller,
-    in_8_bit,
-    in_words,
-    module_of,
-    place,
-    planned,
-    quantised_layers,
-    saved_bytes,
-    weight_and_bias,
-    without_data,
-)
+from .make import in_8_bit, module_of, quantised_layers, saved_bytes, weight_and_bias, without_data
+from .placed import Check, Quantised, place
+from .teller import Teller, in_words
 
 log = logging.getLogger("slipstream")
 
@@ -164,7 +151,7 @@ def watching(modules: Mapping[str, torch.nn.Module], collectors: Mapping[str, Co
             handle.remove()
 
 
-def taken(collectors: dict[str, Collector], name: str) -> Statistics | None:
+def taken(collectors: dict[str, Collector], name: str) -> ActivationStatistics | None:
     """The statistics of a collector, which is dropped; None where nothing usable came by."""
     collector = collectors.pop(name, None)
     try:
@@ -201,7 +188,7 @@ class Pending:
 
     def put_on(self, patcher) -> None:
         """Let this patcher wait; ahead of all other wrappers, so that no cache's run is open when we measure."""
-        put_on(patcher, KEY, self, self.sample)
+        put_on(patcher, QUANTISED, self, self.sample)
 
     def sample(self, executor, *args, **kwargs):
         """OUTER_SAMPLE wrapper: measures and quantises first, unless that is done; a run without steps does not count.
@@ -209,7 +196,7 @@ class Pending:
         If it fails or is cancelled nothing is left, and the next run starts over.
         """
         patcher = executor.class_obj.model_patcher
-        if patcher.get_attachment(KEY) is self:
+        if patcher.get_attachment(QUANTISED) is self:
             with self._lock:
                 fresh = self.made is None
                 if fresh:
@@ -253,7 +240,7 @@ def first_run(patcher, wish: QuantWish, run: ShortRun, teller: Teller) -> Quanti
 
 
 def checked(
-    patcher, floor_db: float, run: ShortRun, true: Tensor, found: Quantised, plan: Plan, teller: Teller
+    patcher, floor_db: float, run: ShortRun, true: Tensor, found: Quantised, plan: Choices, teller: Teller
 ) -> Quantised:
     """The same short run with the quantised layers; while it is below the floor, the worst of them get 8 bit."""
 

@@ -13,12 +13,10 @@ import inspect
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import comfy.model_management
 import comfy.ops
 import comfy.sd
-import folder_paths
 import torch
 from comfy.patcher_extension import CallbacksMP
 from torch import Tensor
@@ -26,17 +24,19 @@ from torch import Tensor
 from ...engine.errors import SlipstreamError
 from ...quant import nunchaku
 from ...quant.files import QUANTISATION, Described, File
-from ...quant.formats import QuantisedLinear, QuantisedSplit, pack_int4, read_layer
+from ...quant.formats import GROUPS
 from ...quant.linear import W4A4Linear
+from ...quant.packed import QuantisedLinear, QuantisedSplit, read_layer
+from ..model_files import listed, path_of
+from ..parts import QUANTISED
+from .choose import classified
 from .kernels import keep_choices
 from .loras import give_loras
-from .make import classified, share_inputs
+from .placed import share_inputs
 
 log = logging.getLogger("slipstream")
 
 NODE = "Load Quantized Model"
-FOLDER = "diffusion_models"
-KEY = "slipstream_quantised"
 ENDINGS = (".safetensors", ".sft")
 
 # Layers of the host's operations that are made without memory.
@@ -45,19 +45,17 @@ LATE = ("Linear", "Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspos
 
 def names() -> list[str]:
     """The safetensors files of the host's diffusion_models folders, for a list on the canvas."""
-    return [name for name in folder_paths.get_filename_list(FOLDER) if name.endswith(ENDINGS)]
+    return listed(*ENDINGS)
 
 
 def opened(name: str, node: str) -> File:
     """A file by its name in the list, to be closed. Raises SlipstreamError."""
-    path = folder_paths.get_full_path(FOLDER, name)
-    if path is None:
-        raise SlipstreamError(f"{node}: there is no file '{name}' in models/{FOLDER}; choose another from the list.")
-    if not name.endswith(ENDINGS):
+    path = path_of(name, node)
+    if not name.lower().endswith(ENDINGS):
         kind = "a GGUF file; load it with the loader of ComfyUI-GGUF" if name.endswith(".gguf") else "no safetensors"
         raise SlipstreamError(f"{node}: {name} is {kind}, or choose a safetensors file.")
     try:
-        return File(Path(path))
+        return File(path)
     except ValueError as error:
         raise SlipstreamError(f"{node}: {name} cannot be loaded, {error}; download or save it again.") from None
 
@@ -104,7 +102,7 @@ def load(name: str):
     share_inputs(placed, classified(model))
     keep_choices()
     model.size = 0  # to be measured anew, with the packed layers
-    model.add_callback_with_key(CallbacksMP.ON_LOAD, KEY, give_loras)
+    model.add_callback_with_key(CallbacksMP.ON_LOAD, QUANTISED, give_loras)
     model.cached_patcher_init = (load, (name,))  # how newer hosts make a copy for another card
     return model
 
@@ -150,13 +148,13 @@ def _nunchaku(file: File) -> tuple[dict[str, Tensor], dict[str, W4A4Linear]]:
     return plain, layers
 
 
-def natural(layer: nunchaku.Layer) -> QuantisedLinear:
+def natural(layer: nunchaku.NunchakuLayer) -> QuantisedLinear:
     """A layer of nunchaku as one of ours, with the same numbers."""
     return QuantisedLinear(
-        "svdquant_w4a4",
+        GROUPS.name,
         tuple(layer.codes.shape),
         layer.scales.dtype,
-        pack_int4(layer.codes),
+        GROUPS.pack(layer.codes),
         layer.scales.contiguous(),
         layer.down.contiguous(),
         layer.up.contiguous(),

@@ -13,9 +13,9 @@ import comfy.lora
 import torch
 from torch import Tensor
 
-from ...quant.formats import QuantisedLinear
 from ...quant.layer import Spec, quantise_group
 from ...quant.linear import W4A4Linear
+from ...quant.packed import QuantisedLinear
 
 log = logging.getLogger("slipstream")
 

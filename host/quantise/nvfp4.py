@@ -11,10 +11,15 @@ import comfy.ops
 import torch
 from torch import Tensor
 
-from ...quant.formats import json_tensor
+from ...quant.formats import FORMATS
+from ...quant.packed import json_tensor
 
 FORMAT, LAYOUT = "nvfp4", "TensorCoreNVFP4Layout"
 TENSORS = ("weight", "weight_scale", "weight_scale_2", "bias", "comfy_quant")
+WORDS = "the host's own, for RTX 50"
+
+# What layers get that it does not serve: of the host's formats the finer ones.
+BESIDE = FORMATS["convrot_w4a4"]
 
 
 def available() -> bool:
@@ -26,6 +31,11 @@ def available() -> bool:
     return (
         FORMAT in QUANT_ALGOS and hasattr(QuantizedTensor, "from_float") and hasattr(comfy.ops, "mixed_precision_ops")
     )
+
+
+def most_bytes(n: int, k: int) -> int:
+    """Most bytes that a layer takes; its scales are in tiles of 128 x 64."""
+    return n * k // 2 + (n + 128) * (k + 64) // 16 + 8 * n
 
 
 def layer(weight: Tensor, bias: Tensor | None, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:

@@ -36,49 +36,24 @@ import torch
 from comfy.patcher_extension import CallbacksMP
 
 from ...engine.errors import SlipstreamError
-from ...quant.calibration import Statistics
+from ...quant.calibration import ActivationStatistics
 from ...quant.formats import FORMATS
 from ...quant.linear import W4A4Linear
 from ..canvas.events import show
+from ..parts import QUANTISED
 from ..profiles import folder as profiles
 from . import nvfp4
+from .choose import CHOICES, FIRST_RUN, QuantWish, planned
 from .first_run import Pending
 from .kernels import keep_choices, tell_after_a_run
-from .loras import NODE, PREFIX, give_loras, original, quantised_modules
-from .make import (
-    AUTO,
-    FIRST_RUN,
-    KEY,
-    Progress,
-    Quantised,
-    QuantWish,
-    Teller,
-    place,
-    planned,
-    quantised_layers,
-    without_data,
-)
-
-__all__ = [
-    "CHOICES",
-    "FIRST_RUN",
-    "KEY",
-    "NODE",
-    "PREFIX",
-    "QuantWish",
-    "Quantised",
-    "give_loras",
-    "original",
-    "quantise",
-    "quantised",
-    "settled",
-    "summary",
-]
+from .loras import NODE, give_loras, quantised_modules
+from .make import quantised_layers, without_data
+from .placed import Quantised, place
+from .teller import Progress, Teller
 
 log = logging.getLogger("slipstream")
 
 ACTIVATION = "activation/"  # of a layer's statistics in a profile
-CHOICES = (AUTO, *FORMATS, *([nvfp4.FORMAT] if nvfp4.available() else []))
 ACT_BITS = (4, 8, 16)
 
 DEFAULT = QuantWish()
@@ -91,7 +66,7 @@ _MADE = weakref.WeakKeyDictionary()
 
 def quantised(model) -> Quantised | None:
     """What `quantise` put on this ModelPatcher or one it was cloned from; None without, or before its first run."""
-    found = model.get_attachment(KEY)
+    found = model.get_attachment(QUANTISED)
     return found.made if isinstance(found, Pending) else found
 
 
@@ -100,7 +75,7 @@ def settled(model):
 
     Raises SlipstreamError where that run is still to come.
     """
-    waiting = model.get_attachment(KEY)
+    waiting = model.get_attachment(QUANTISED)
     if not isinstance(waiting, Pending):
         return model
     if waiting.made is None:
@@ -120,7 +95,7 @@ def quantise(model, wish: QuantWish = DEFAULT, progress: Progress | None = None,
     exception when the user cancels.
     """
     check_wish(wish)
-    if model.get_attachment(KEY) is not None:
+    if model.get_attachment(QUANTISED) is not None:
         raise SlipstreamError(f"{NODE}: this model already went through a {NODE}; remove one of the two.")
     model = _static(model)
     keep_choices()
@@ -133,7 +108,7 @@ def quantise(model, wish: QuantWish = DEFAULT, progress: Progress | None = None,
         tell_after_a_run(clone, node_id, summary)
     if found is None and wish.calibration == FIRST_RUN:
         planned(model, wish)  # what cannot be quantised is said now
-        clone.add_callback_with_key(CallbacksMP.ON_LOAD, KEY, give_loras)
+        clone.add_callback_with_key(CallbacksMP.ON_LOAD, QUANTISED, give_loras)
         Pending(made, key, teller, lambda patcher: _tell(patcher, node_id)).put_on(clone)
         return clone
     if found is None:
@@ -152,10 +127,11 @@ def _tell(model, node_id: str) -> None:
 
 def check_wish(wish: QuantWish) -> None:
     if wish.format == nvfp4.FORMAT and wish.format not in CHOICES:
-        raise SlipstreamError(f"{NODE}: this ComfyUI does not know nvfp4; update it, or choose auto.")
+        raise SlipstreamError(f"{NODE}: this ComfyUI does not know {nvfp4.FORMAT}; update it, or choose auto.")
     if wish.format == nvfp4.FORMAT and (wish.calibration or wish.guard_db or wish.gptq):
         raise SlipstreamError(
-            f"{NODE}: nvfp4 is made by ComfyUI itself, without calibration, gptq and quality_guard; switch them off."
+            f"{NODE}: {nvfp4.FORMAT} is made by ComfyUI itself, without calibration, gptq and quality_guard; switch "
+            "them off."
         )
     if wish.format not in CHOICES:
         raise SlipstreamError(f"{NODE}: there is no format '{wish.format}'; choose one of {', '.join(CHOICES)}.")
@@ -188,7 +164,7 @@ def _static(model):
         ) from None
 
 
-def ranges_of(model, name: str) -> dict[str, Statistics]:
+def ranges_of(model, name: str) -> dict[str, ActivationStatistics]:
     """Activation statistics by layer from a profile; empty without one. Raises SlipstreamError."""
     if not name:
         return {}
@@ -202,19 +178,19 @@ def ranges_of(model, name: str) -> dict[str, Statistics]:
         log.warning("%s: the profile %s was measured on another model; calibrate again for the best result", NODE, name)
     tables = profile.extras
     return {
-        layer: Statistics(tables[f"{ACTIVATION}{layer}/absmax"], tables[f"{ACTIVATION}{layer}/square"])
+        layer: ActivationStatistics(tables[f"{ACTIVATION}{layer}/absmax"], tables[f"{ACTIVATION}{layer}/square"])
         for layer in sorted(layers)
     }
 
 
-def _content(seen: Mapping[str, Statistics]) -> float:
+def _content(seen: Mapping[str, ActivationStatistics]) -> float:
     """A number that two sets of statistics hardly share."""
     return float(sum(s.square.double().sum() + s.absmax.double().sum() for s in seen.values()))
 
 
 def summary(model) -> str:
     """What became of the model's layers, in a few short lines for its node."""
-    waiting, found, size = model.get_attachment(KEY), quantised(model), model.model_size()
+    waiting, found, size = model.get_attachment(QUANTISED), quantised(model), model.model_size()
     if found is not None:
         before = size if waiting is not found else size + found.saved
         return _words(found, before - found.saved, before)
@@ -258,7 +234,7 @@ def _counted(layers: Sequence[torch.nn.Module]) -> str:
     wide = sum(row.act_bits == 16 for row in ours)
     if len(ours) < len(layers):
         eight = f", {bits[8]} in 8 bit" if bits[8] else ""
-        return f"{len(layers) - len(ours)} layers in nvfp4{eight}"
+        return f"{len(layers) - len(ours)} layers in {nvfp4.FORMAT}{eight}"
     four = f"{bits[4]} layers in 4 bit" + (f" ({wide} with 16-bit activations)" if wide else "")
     return four + (f", {bits[8]} in 8 bit" if bits[8] else "")
 

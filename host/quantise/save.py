@@ -23,22 +23,27 @@ import comfy.lora
 import comfy.model_management
 import comfy.model_sampling
 import folder_paths
+import psutil
 import torch
 from torch import Tensor
 
 from ...engine.errors import SlipstreamError
 from ...engine.files import is_file_name
+from ...kernels.files import left_over
 from ...quant.files import Writer, quantisation
-from ...quant.formats import FORMATS, ROTATED, QuantisedLinear, QuantisedSplit, packed_bytes
-from ...quant.layer import METHODS, quantise_group, with_spec
+from ...quant.formats import LONGEST
+from ...quant.layer import quantise_group, spec_for
 from ...quant.linear import TENSORS, W4A4Linear
-from ...quant.rotate import rotation_size
+from ...quant.packed import QuantisedLinear, QuantisedSplit
+from ..model_files import FOLDER
 from . import nvfp4
-from .load import FOLDER, opened
+from .choose import FIRST_RUN, QuantWish, most_bytes, planned
+from .load import opened
 from .loras import NODE, PREFIX, original, quantised_modules
-from .make import FIRST_RUN, Plan, Progress, QuantWish, planned, quantised_group, spec_of, without_data
+from .make import quantised_group, without_data
 from .quantise import check_wish, quantised, ranges_of, settled
 from .source import FILE, FileModel
+from .teller import Progress
 
 log = logging.getLogger("slipstream")
 
@@ -72,7 +77,7 @@ def save(model, name: str, progress: Progress | None = None) -> tuple[str, str]:
         plain = _plain(model, packed.keys() | hosts.keys())
         for layer, module in hosts.items():
             plain |= {key: (tensor, torch.detach) for key, tensor in module.state_dict(prefix=f"{layer}.").items()}
-        merged = [name for name, module in packed.items() if _branch_has_no_place(module.layer())]
+        merged = [name for name, module in packed.items() if _homeless(module.layer())]
         size = sum(module_bytes(module) for module in packed.values()) + sum(_bytes(t) for t, _ in plain.values())
         keys = [*plain, *(key for layer, module in packed.items() for key in packed_names(layer, module))]
         descriptions = {layer: _final(module.layer()).description() for layer, module in packed.items()}
@@ -93,19 +98,6 @@ def save(model, name: str, progress: Progress | None = None) -> tuple[str, str]:
             SAVE, file, len(merged),
         )  # fmt: skip
     return listed(file, path, len(packed) + len(hosts))
-
-
-# As long as any description of a layer is.
-LONGEST = {
-    "format": ROTATED,
-    "group_size": 9999,
-    "rank": 9999,
-    "act_unsigned": False,
-    "act_bits": 16,
-    "orig_dtype": "torch.bfloat16",
-    "orig_shape": [9999999, 9999999],
-    "convrot_groupsize": 9999,
-}
 
 
 def quantise_file(source: str, name: str, wish: QuantWish, progress: Progress | None = None) -> tuple[str, str]:
@@ -137,7 +129,7 @@ def _group_by_group(of: FileModel, wish: QuantWish, path: Path, progress: Progre
     choices, found, done = dict(plan.choices), {}, 0
     names = {name for group in plan.groups.values() for name in group}
     plain = [key for key in of.keys if key.rpartition(".")[0] not in names]
-    size = sum(map(of.nbytes, plain)) + sum(_most(plan, name, wish) for name in names)
+    size = sum(map(of.nbytes, plain)) + sum(most_bytes(plan.choices[name], wish, plan.shapes[name]) for name in names)
     # the guard may leave a layer as it is, so both kinds of names get room
     keys = [*of.keys, *(f"{name}.{end}" for name in names for end in (*TENSORS, *nvfp4.TENSORS))]
     room = of.metadata | quantisation(dict.fromkeys(names, LONGEST))
@@ -168,16 +160,6 @@ def _tensors(name: str, module: torch.nn.Module, described: dict[str, dict]) -> 
     layer = module.layer()
     described[name] = layer.description()
     return layer.state_dict(name)
-
-
-def _most(plan: Plan, name: str, wish: QuantWish) -> int:
-    """Most bytes that a quantised layer takes; 8 bit where the guard may choose them."""
-    n, k = plan.shapes[name]
-    spec = spec_of(plan.choices[name], wish, (n, k))
-    wide = n * k + 8 * n
-    if wish.format == nvfp4.FORMAT and plan.choices[name].treatment == "w4a4":
-        return n * k // 2 + (n + 128) * (k + 64) // 16 + 8 * n
-    return wide if wish.guard_db or FORMATS[spec.format].weight_bits == 8 else packed_bytes(n, k, spec.rank)
 
 
 @contextmanager
@@ -217,6 +199,8 @@ def writing(path: Path, names, metadata: Mapping[str, str], size: int, node: str
                 f"{node}: {path.name} takes {size / 1e6:.0f} MB and the disk of models/{FOLDER} has {free / 1e6:.0f} "
                 "MB left; make room, or choose a smaller format."
             )
+        for old in left_over(path, psutil.pid_exists):
+            old.unlink(missing_ok=True)
         with Writer(path, names, metadata) as out:
             yield out
     except OSError as error:
@@ -345,18 +329,18 @@ def _config(model) -> dict[str, str]:
 # Layers with a LoRA
 
 
-def _branch_has_no_place(layer: QuantisedLinear | QuantisedSplit) -> bool:
-    return isinstance(layer, QuantisedLinear) and FORMATS[layer.format].per_row and layer.rank > 0
-
-
 def _final(layer: QuantisedLinear | QuantisedSplit) -> QuantisedLinear | QuantisedSplit:
     """The layer as it will be written: without a branch that its format has no place for."""
-    return replace(layer, proj_down=None, proj_up=None) if _branch_has_no_place(layer) else layer
+    return replace(layer, proj_down=None, proj_up=None) if _homeless(layer) else layer
+
+
+def _homeless(layer: QuantisedLinear | QuantisedSplit) -> bool:
+    return isinstance(layer, QuantisedLinear) and layer.homeless_branch
 
 
 def _stored(model, name: str, module: W4A4Linear) -> QuantisedLinear | QuantisedSplit:
     layer = module.layer()
-    if not _branch_has_no_place(layer):
+    if not _homeless(layer):
         return layer
     path = PREFIX + name
     own = model.object_patches_backup.get(path)
@@ -365,7 +349,5 @@ def _stored(model, name: str, module: W4A4Linear) -> QuantisedLinear | Quantised
     else:
         weight = original(model, name, own).float().clone()
         true = comfy.lora.calculate_weight(model.patches.get(f"{path}.weight", []), weight, f"{path}.weight")
-    method = {"convrot_w4a4": "convrot", "int8_convrot": "int8_convrot"}[layer.format]
-    spec = with_spec(METHODS[method], group_size=rotation_size(layer.shape[1]))
     bias = None if layer.bias is None else layer.bias.to(true.device)
-    return replace(quantise_group([true], [bias], spec).layer, dtype=layer.dtype)
+    return replace(quantise_group([true], [bias], spec_for(layer.format, layer.shape)).layer, dtype=layer.dtype)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...engine.errors import SlipstreamError
 from ...quant.files import QUANTISATION, Described, File
-from ...quant.formats import description_of
+from ...quant.packed import description_of
 from .load import Weightless, build
 
 FILE = "Quantize Model File"

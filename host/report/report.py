@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from ...engine.errors import SlipstreamError
-from ...engine.files import write_whole
 from ...engine.metrics import psnr, relative_error, ssim
+from ...kernels.files import write_whole
 from ..calibrate.job import starting_latent
 from ..canvas.colours import REMOTE, SMALL, WORDS, as_image
 from ..switch.segments import segments_of

@@ -14,29 +14,25 @@ from pathlib import Path
 import comfy.model_detection
 import comfy.sd
 import comfy.utils
-import folder_paths
 from safetensors import SafetensorError
 from torch import Tensor
 
 from ...engine.errors import SlipstreamError
+from ..model_files import listed, path_of
 from .bridge import name_of
 
 NODE = "Load Pruned UNet"
-FOLDER = "diffusion_models"
 KIND = ".safetensors"
 
 
 def files() -> list[str]:
     """What the node offers."""
-    return [name for name in folder_paths.get_filename_list(FOLDER) if name.lower().endswith(KIND)]
+    return listed(KIND)
 
 
 def load(name: str):
     """The file of models/diffusion_models as a ModelPatcher. Raises SlipstreamError."""
-    path = folder_paths.get_full_path(FOLDER, name)
-    if path is None:
-        raise SlipstreamError(f"{NODE}: there is no file '{name}' in models/{FOLDER}; choose one that is there.")
-    return load_file(Path(path))
+    return load_file(path_of(name, NODE))
 
 
 def load_file(path: Path, disable_dynamic: bool = False):

@@ -20,8 +20,9 @@ from slipstream.engine.errors import SlipstreamError
 from slipstream.engine.run.plan import ORIGINAL, UNCACHED, CompensatorConfig
 from slipstream.host.compensate.compensator import Compensator
 from slipstream.host.model import add_compensator
+from slipstream.host.quantise.choose import QuantWish
 from slipstream.host.quantise.loras import quantised_modules
-from slipstream.host.quantise.quantise import QuantWish, quantise
+from slipstream.host.quantise.quantise import quantise
 from slipstream.host.switch.segments import TURN, SwitchConfig
 from slipstream.host.switch.switch import SwitchedRun, add_switch
 

@@ -22,7 +22,8 @@ from slipstream.host.calibrate.calibrate import calibrate
 from slipstream.host.calibrate.job import Job, Wish
 from slipstream.host.model import add_cache, add_compensator
 from slipstream.host.quantise import first_run
-from slipstream.host.quantise.quantise import FIRST_RUN, QuantWish, quantise
+from slipstream.host.quantise.choose import FIRST_RUN, QuantWish
+from slipstream.host.quantise.quantise import quantise
 from slipstream.host.switch import switch
 from slipstream.host.switch.segments import SwitchConfig
 from slipstream.host.switch.switch import add_switch

@@ -27,9 +27,9 @@ from slipstream.engine.run.plan import ORIGINAL, CacheConfig, CompensatorConfig,
 from slipstream.engine.run.run import Run
 from slipstream.host.compensate.compensator import Compensator
 from slipstream.host.model import add_cache, add_compensator, add_predictor
+from slipstream.host.quantise.choose import QuantWish, planned
 from slipstream.host.quantise.loras import quantised_modules
-from slipstream.host.quantise.make import planned
-from slipstream.host.quantise.quantise import QuantWish, quantise
+from slipstream.host.quantise.quantise import quantise
 from slipstream.host.switch.segments import SwitchConfig
 from slipstream.host.switch.switch import SwitchedRun, add_switch
 from slipstream.host.switch.view import View

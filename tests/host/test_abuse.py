@@ -20,7 +20,8 @@ from slipstream.engine.forecast.predictors import KINDS
 from slipstream.engine.run.plan import METHODS, PRESETS, CacheConfig, CompensatorConfig, PredictorConfig
 from slipstream.engine.run.run import Run
 from slipstream.host.model import add_cache, add_compensator, add_predictor
-from slipstream.host.quantise.quantise import QuantWish, quantise
+from slipstream.host.quantise.choose import QuantWish
+from slipstream.host.quantise.quantise import quantise
 from slipstream.host.switch.segments import SwitchConfig
 from slipstream.host.switch.switch import add_switch
 

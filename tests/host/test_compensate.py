@@ -33,8 +33,9 @@ from slipstream.host.compensate.reference import LargeModel
 from slipstream.host.model import add_cache, add_compensator, plan_of
 from slipstream.host.parts import KINDS
 from slipstream.host.profiles import folder as profiles
+from slipstream.host.quantise.choose import QuantWish
 from slipstream.host.quantise.loras import quantised_modules
-from slipstream.host.quantise.quantise import QuantWish, quantise
+from slipstream.host.quantise.quantise import quantise
 from slipstream.host.switch.segments import TURN, Larger, SwitchConfig, Turn
 from slipstream.host.switch.switch import add_switch
 

@@ -16,20 +16,23 @@ import pytest
 import torch
 from sampling import Lab, relative
 from slipstream.demo import emoji
-from slipstream.engine.files import write_whole
 from slipstream.engine.run.plan import ORIGINAL, CompensatorConfig
 from slipstream.host.canvas import events
 from slipstream.host.canvas.strip import EVENT, FINISHED, KEPT_NODES, Strips
 from slipstream.host.compensate.reference import BetterWeights
 from slipstream.host.model import add_compensator
+from slipstream.host.parts import QUANTISED, Quantised
 from slipstream.host.quantise import first_run
-from slipstream.host.quantise.make import KEY, Quantised
-from slipstream.host.quantise.quantise import FIRST_RUN, QuantWish, quantise, quantised
+from slipstream.host.quantise.choose import FIRST_RUN, QuantWish
+from slipstream.host.quantise.quantise import quantise, quantised
 from slipstream.host.switch.segments import SwitchConfig
 from slipstream.host.switch.switch import add_switch
 from slipstream.kernels import derived, dispatch
 from slipstream.kernels.choices import Choices
-from slipstream.quant.layer import METHODS, quantise_linear
+from slipstream.kernels.files import write_whole
+from slipstream.quant.layer import quantise_linear
+
+from lab.methods import METHODS
 
 STEPS = 10
 THREADS = 8
@@ -178,7 +181,7 @@ def test_h18_a_first_run_that_eight_threads_wait_for_happens_once(lab, monkeypat
 
     monkeypatch.setattr(first_run.Pending, "_make", make)
     waiting = quantise(lab.flux, QuantWish(layers="# eight threads", calibration=FIRST_RUN))
-    pending = waiting.get_attachment(KEY)
+    pending = waiting.get_attachment(QUANTISED)
     clones = [waiting.clone() for _ in range(THREADS)]
     results = together(*(lambda c=c: pending.sample(Executor(c)) for c in clones))
     assert len(made) == 1 and all(result is found for result in results)

@@ -17,8 +17,10 @@ from slipstream.engine.metrics import psnr
 from slipstream.host.quantise import first_run
 from slipstream.host.quantise import make as quant_layers
 from slipstream.host.quantise import quantise as quantising
+from slipstream.host.quantise import teller as telling
+from slipstream.host.quantise.choose import FIRST_RUN, QuantWish
 from slipstream.host.quantise.first_run import shortened
-from slipstream.host.quantise.quantise import FIRST_RUN, QuantWish, quantise, quantised, settled, summary
+from slipstream.host.quantise.quantise import quantise, quantised, settled, summary
 from slipstream.quant.formats import FORMATS
 from slipstream.quant.layer import sqnr
 from slipstream.quant.linear import W4A4Linear
@@ -55,7 +57,7 @@ def placed(model) -> int:
 @pytest.fixture
 def said(monkeypatch):
     sentences = []
-    monkeypatch.setattr(quant_layers, "show", lambda node, text: sentences.append((node, text)))
+    monkeypatch.setattr(telling, "show", lambda node, text: sentences.append((node, text)))
     monkeypatch.setattr(quantising, "show", lambda node, text: sentences.append((node, text)))
     return sentences
 
@@ -321,8 +323,8 @@ def test_the_check_of_the_whole_run_raises_the_worst_layers_until_it_holds(lab, 
 
 def test_time_left_is_told_when_it_is_known(monkeypatch, said):
     clock = [0.0]
-    monkeypatch.setattr(quant_layers.time, "monotonic", lambda: clock[0])
-    teller = quant_layers.Teller(None, "1")
+    monkeypatch.setattr(telling.time, "monotonic", lambda: clock[0])
+    teller = telling.Teller(None, "1")
     teller.begin(10, 100)
     for _ in range(4):
         clock[0] += 5

@@ -13,7 +13,7 @@ from slipstream.engine.calibration.recorder import Activations
 from slipstream.engine.errors import SlipstreamError
 from slipstream.engine.families import architecture_of
 from slipstream.host.quantise import modulation
-from slipstream.host.quantise.make import linears_of
+from slipstream.host.quantise.choose import linears_of
 
 # Family, the parameters that say how large a channel is, and layers that must be among those found.
 ROWS = [

@@ -15,7 +15,8 @@ from sampling import Lab, relative
 from slipstream.demo import emoji
 from slipstream.engine.run.plan import CompensatorConfig
 from slipstream.host.model import add_compensator
-from slipstream.host.quantise.quantise import QuantWish, quantise
+from slipstream.host.quantise.choose import QuantWish
+from slipstream.host.quantise.quantise import quantise
 from slipstream.host.switch.segments import SwitchConfig
 from slipstream.host.switch.switch import add_switch
 from slipstream.quant.linear import W4A4Linear

@@ -9,8 +9,9 @@ import torch
 from slipstream.engine.run.plan import CacheConfig
 from slipstream.host.canvas import events
 from slipstream.host.model import add_cache, plan_of
+from slipstream.host.quantise.choose import QuantWish
 from slipstream.host.quantise.precision import precision_of
-from slipstream.host.quantise.quantise import QuantWish, quantise
+from slipstream.host.quantise.quantise import quantise
 
 NETWORK = torch.nn.Linear(1, 1)
 

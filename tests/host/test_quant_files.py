@@ -25,11 +25,14 @@ from slipstream.host.profiles import folder as profiles
 from slipstream.host.quantise import load as quant_load
 from slipstream.host.quantise import make as quant_layers
 from slipstream.host.quantise import save as quant_files
-from slipstream.host.quantise.quantise import QuantWish, quantise
+from slipstream.host.quantise.choose import QuantWish
+from slipstream.host.quantise.quantise import quantise
 from slipstream.quant import nunchaku, policy
 from slipstream.quant.files import File, Writer
 from slipstream.quant.formats import FORMATS
 from slipstream.quant.linear import W4A4Linear
+
+from lab.nunchaku import pack_layer, pack_modulation
 
 MLP = "diffusion_model.double_blocks.0.img_mlp.0"
 QKV = "diffusion_model.double_blocks.0.img_attn.qkv"
@@ -316,7 +319,7 @@ def nunchaku_flux():
         return (torch.randn(*shape, generator=generator) * size).to(half)
 
     def layer(n, k, smooth=None):
-        return names.Layer(
+        return names.NunchakuLayer(
             codes=torch.randint(-7, 8, (n, k), generator=generator).to(torch.int8),
             scales=normal(k // 64, n).abs() * 0.2 / k**0.5,
             smooth=normal(k).abs() * 0.2 + 0.9 if smooth is None else smooth,
@@ -328,21 +331,21 @@ def nunchaku_flux():
     def modulation(name, splits):
         codes = torch.randint(0, 16, (splits * d, d), generator=generator)
         scales = (2.0 ** torch.randint(-8, -6, (d // 64, splits * d), generator=generator)).to(half)
-        return names.pack_modulation(codes, scales, -7 * scales, normal(splits * d, size=0.05), name, splits)
+        return pack_modulation(codes, scales, -7 * scales, normal(splits * d, size=0.05), name, splits)
 
     shapes = {"qkv_proj": (3 * d, d), "out_proj": (d, d), "mlp_fc1": (4 * d, d), "mlp_fc2": (d, 4 * d)}
     file = {}
     for i in range(2):
         block = f"transformer_blocks.{i}"
         for name in names.DOUBLE:
-            file |= names.pack_layer(layer(*shapes[name.replace("_context", "")]), f"{block}.{name}")
+            file |= pack_layer(layer(*shapes[name.replace("_context", "")]), f"{block}.{name}")
         for name in names.DOUBLE_MODULATION:
             file |= modulation(f"{block}.{name}", 6)
         file |= {f"{block}.{name}.weight": torch.ones(d, dtype=half) for name in names.DOUBLE_NORMS}
         block, smooth = f"single_{block}", normal(d).abs() * 0.2 + 0.9
         for name in names.SINGLE:
             shared = smooth if shapes[name][1] == d and name != "out_proj" else None
-            file |= names.pack_layer(layer(*shapes[name], shared), f"{block}.{name}")
+            file |= pack_layer(layer(*shapes[name], shared), f"{block}.{name}")
         file |= modulation(f"{block}.norm.linear", 3)
         file |= {f"{block}.{name}.weight": torch.ones(d, dtype=half) for name in names.SINGLE_NORMS}
     sizes = {"img_in": (d, 64), "txt_in": (d, 64), "final_layer.linear": (64, d), "vector_in.in_layer": (d, 64)}

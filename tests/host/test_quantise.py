@@ -27,16 +27,21 @@ from slipstream.engine.errors import SlipstreamError
 from slipstream.engine.metrics import psnr
 from slipstream.host.calibrate.calibrate import calibrate
 from slipstream.host.calibrate.job import Job, Wish
+from slipstream.host.parts import QUANTISED
 from slipstream.host.profiles import folder as profiles
 from slipstream.host.quantise import nvfp4
 from slipstream.host.quantise import quantise as quantising
-from slipstream.host.quantise.quantise import FIRST_RUN, QuantWish, quantise, quantised, summary
+from slipstream.host.quantise.choose import CHOICES, FIRST_RUN, QuantWish
+from slipstream.host.quantise.loras import give_loras, original
+from slipstream.host.quantise.quantise import quantise, quantised, summary
 from slipstream.quant import policy
-from slipstream.quant.formats import FORMATS, QuantisedLinear
-from slipstream.quant.layer import METHODS, quantise_linear, with_spec
+from slipstream.quant.formats import FORMATS
+from slipstream.quant.layer import quantise_linear
 from slipstream.quant.linear import TOLERANCE, W4A4Linear, factors_of
+from slipstream.quant.packed import QuantisedLinear
 
 from bench.quality.quant_models import put_outliers
+from lab.methods import METHODS, with_spec
 
 MLP = "diffusion_model.double_blocks.0.img_mlp.0"
 QKV = "diffusion_model.double_blocks.0.img_attn.qkv"
@@ -156,7 +161,7 @@ def test_quantised_sampling_is_near_the_plain_one(lab, name, floor, record_prope
     base = getattr(lab, name)
     plain = plain_sample(lab, base, batch=4)
     found = {}
-    wishes = {format: QuantWish(format) for format in quantising.CHOICES} | {"auto, 8 bit": QuantWish(act_bits=8)}
+    wishes = {format: QuantWish(format) for format in CHOICES} | {"auto, 8 bit": QuantWish(act_bits=8)}
     for label, wish in wishes.items():
         found[label] = psnr(plain_sample(lab, quantise(base, wish), batch=4), plain)
         record_property(label, f"{found[label]:.2f} dB")
@@ -483,7 +488,7 @@ def test_storage_dtypes_of_the_model(lab, dtype):
     linear = next(m for m in base.model.modules() if isinstance(m, torch.nn.Linear) and m.in_features % 64 == 0)
     name = next(n for n, m in base.model.named_modules() if m is linear)
     linear.weight.data = (torch.randn(linear.weight.shape, generator=generator) / 8).to(dtype)
-    found = quantising.original(base, name.removeprefix("diffusion_model."), linear)
+    found = original(base, name.removeprefix("diffusion_model."), linear)
     assert torch.equal(found.float(), linear.weight.detach().float())
     assert found.dtype == (torch.float32 if dtype.itemsize == 1 else dtype)
 
@@ -571,7 +576,7 @@ def from_file(model):
         own.managed = True
         comfy.utils.set_attr(loaded.model, "diffusion_model." + name, own)
     loaded.size = 0
-    loaded.add_callback_with_key(CallbacksMP.ON_LOAD, quantising.KEY, quantising.give_loras)
+    loaded.add_callback_with_key(CallbacksMP.ON_LOAD, QUANTISED, give_loras)
     return loaded
 
 
@@ -623,8 +628,8 @@ def test_dynamic_models_are_quantised_as_their_static_copy(lab):
 
 
 def test_formats_offered_are_those_there_are():
-    assert set(quantising.CHOICES) - {"nvfp4"} == {"auto", *FORMATS}
-    assert ("nvfp4" in quantising.CHOICES) == nvfp4.available()
+    assert set(CHOICES) - {"nvfp4"} == {"auto", *FORMATS}
+    assert ("nvfp4" in CHOICES) == nvfp4.available()
 
 
 def test_a_profile_gives_the_ranges_that_smooth_the_layers(lab, tmp_path, monkeypatch):

@@ -22,7 +22,8 @@ from slipstream.host import gauge
 from slipstream.host.canvas import events
 from slipstream.host.canvas.colours import COLOURS, as_image
 from slipstream.host.model import add_cache
-from slipstream.host.quantise.quantise import QuantWish, quantise
+from slipstream.host.quantise.choose import QuantWish
+from slipstream.host.quantise.quantise import quantise
 from slipstream.host.report import card as report_card
 from slipstream.host.report import report
 from slipstream.host.report import runs as report_runs

@@ -21,7 +21,8 @@ from slipstream.engine.coordinates import FLOW, VARIANCE_EXPLODING
 from slipstream.engine.errors import SlipstreamError
 from slipstream.host.canvas import events
 from slipstream.host.parts import SWITCH
-from slipstream.host.quantise.quantise import QuantWish, quantise
+from slipstream.host.quantise.choose import QuantWish
+from slipstream.host.quantise.quantise import quantise
 from slipstream.host.switch.segments import NAMED, Boundary, Segment, SwitchConfig, joined, segments_of, span_at, spans
 from slipstream.host.switch.switch import SwitchedRun, add_switch
 from slipstream.host.switch.view import View

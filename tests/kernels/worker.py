@@ -75,7 +75,7 @@ def interpret() -> dict[str, float]:
         hadamard,
         nvfp4_linear,
         nvfp4_quantize,
-        quantize_activations,
+        quantise_activations,
         unpack_int4,
     )  # fmt: skip
 
@@ -92,7 +92,7 @@ def interpret() -> dict[str, float]:
             x, smooth = normal(M, k).to(dtype), (normal(k, seed=1).abs() + 0.5).to(dtype)
             q = quantise(x, smooth, None, bits=bits, unsigned=unsigned, rotation=rotation, per_row=per_row)
             main = hadamard((x.float() + (GELU_SHIFT if unsigned else 0)) / smooth.float(), rotation)
-            codes, scales = quantize_activations(
+            codes, scales = quantise_activations(
                 main, bits=bits, unsigned=unsigned and bits == 4, group_size=k if per_row else 64
             )
             if bits == 4:

@@ -13,7 +13,7 @@ from slipstream.engine.run.account import _unexpected
 from slipstream.host.remote.graph import parse_loras
 from slipstream.kernels.choices import Choices
 from slipstream.nodes import SlipstreamExtension
-from slipstream.quant.formats import description_of
+from slipstream.quant.packed import description_of
 from slipstream.quant.policy import parse_overrides
 
 from bench.stress import fuzz, judge

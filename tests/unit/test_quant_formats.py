@@ -14,13 +14,17 @@ from slipstream.kernels.reference import (
     convrot_linear,
     integer_dot,
     pack_int4,
-    quantize_activations,
+    quantise_activations,
     unpack_int4,
     w4a4_linear,
 )
-from slipstream.quant.formats import QuantisedLinear, QuantisedSplit, json_tensor, packed_bytes, read_layer
-from slipstream.quant.layer import METHODS, Spec, Statistics, quantise_linear, quantise_split
+from slipstream.quant.calibration import ActivationStatistics
+from slipstream.quant.formats import GROUPS
+from slipstream.quant.layer import Spec, quantise_linear, quantise_split
 from slipstream.quant.linear import W4A4Linear
+from slipstream.quant.packed import QuantisedLinear, QuantisedSplit, json_tensor, read_layer
+
+from lab.methods import METHODS
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -28,7 +32,7 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def layer_of(spec: Spec, n: int = 48, k: int = 256, dtype: torch.dtype = torch.float32) -> QuantisedLinear:
-    statistics = Statistics.of(normal(64, k, seed=3).exp()) if spec.smooth == "search" else None
+    statistics = ActivationStatistics.of(normal(64, k, seed=3).exp()) if spec.smooth == "search" else None
     return quantise_linear(normal(n, k).to(dtype) * 0.05, normal(n, seed=1).to(dtype), spec, statistics).layer
 
 
@@ -52,7 +56,7 @@ def test_activations_are_rounded_within_half_a_step(m, kind, seed):
     bits, unsigned = kind
     x = normal(m, 128, seed=seed) * 10 ** (seed % 5 - 2)
     x = x.abs() if unsigned else x
-    codes, scales = quantize_activations(x, bits=bits, unsigned=unsigned)
+    codes, scales = quantise_activations(x, bits=bits, unsigned=unsigned)
     back = (codes.float().view(m, 2, 64) * scales[..., None]).view(m, 128)
     assert codes.dtype == torch.int8 and scales.shape == (m, 2)
     assert ((back - x).view(m, 2, 64).abs() <= scales[..., None] * 0.5001).all()
@@ -61,13 +65,13 @@ def test_activations_are_rounded_within_half_a_step(m, kind, seed):
 
 
 def test_activations_of_zeros_and_what_is_refused():
-    codes, scales = quantize_activations(torch.zeros(2, 64))
+    codes, scales = quantise_activations(torch.zeros(2, 64))
     assert not codes.any() and (scales > 0).all()
     for bits, unsigned in ((3, False), (8, True)):
         with pytest.raises(ValueError, match="quantised to 4 bit"):
-            quantize_activations(torch.zeros(1, 64), bits=bits, unsigned=unsigned)
+            quantise_activations(torch.zeros(1, 64), bits=bits, unsigned=unsigned)
     with pytest.raises(ValueError, match="do not divide"):
-        quantize_activations(torch.zeros(1, 65))
+        quantise_activations(torch.zeros(1, 65))
 
 
 def test_integer_dots_are_exact_beyond_float32():
@@ -82,7 +86,7 @@ def test_w4a4_linear_is_the_formula():
     weight = torch.randint(-7, 8, (6, 128), generator=torch.Generator().manual_seed(3), dtype=torch.int8)
     scale, down, up = normal(2, 6, seed=4).abs(), normal(128, 4, seed=5), normal(6, 4, seed=6)
     for unsigned in (False, True):
-        codes, scales = quantize_activations(x, smooth, GELU_SHIFT if unsigned else 0.0, unsigned=unsigned)
+        codes, scales = quantise_activations(x, smooth, GELU_SHIFT if unsigned else 0.0, unsigned=unsigned)
         dots = torch.einsum("mgk,ngk->mng", codes.view(5, 2, 64).long(), weight.view(6, 2, 64).long())
         expected = (dots * scales[:, None].double() * scale.T.double()).sum(-1) + (x @ down @ up.T + bias)
         found = w4a4_linear(x, pack_int4(weight), scale, down, up, smooth, bias, unsigned=unsigned)
@@ -153,9 +157,9 @@ def test_a_flux_layer_is_a_quarter():
     layer = QuantisedLinear(
         "svdquant_w4a4", (n, k), torch.bfloat16, packed, scale, empty(k, 32), empty(n, 32), empty(k), empty(n)
     )
-    assert layer.nbytes == packed_bytes(n, k) <= 0.29 * n * k * 2
+    assert layer.nbytes == GROUPS.nbytes(n, k, 32) <= 0.29 * n * k * 2
     small = layer_of(Spec(rank=16), dtype=torch.bfloat16)
-    assert small.nbytes == packed_bytes(48, 256, 16)
+    assert small.nbytes == GROUPS.nbytes(48, 256, 16)
 
 
 def test_bad_files_get_one_sentence():
@@ -203,7 +207,7 @@ def test_svdquant_agrees_with_comfy_kitchen(unsigned):
         codes, layer.weight, scales, layer.weight_scale, low, layer.proj_up, layer.bias, act_unsigned=unsigned
     )
     assert torch.allclose(layer(x), theirs, rtol=1e-4, atol=1e-5)
-    own, own_scales = quantize_activations(x, layer.smooth, GELU_SHIFT if unsigned else 0.0, unsigned=unsigned)
+    own, own_scales = quantise_activations(x, layer.smooth, GELU_SHIFT if unsigned else 0.0, unsigned=unsigned)
     assert torch.equal(pack_int4(own), codes) and torch.allclose(own_scales.T, scales)
 
 

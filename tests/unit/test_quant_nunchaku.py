@@ -14,27 +14,27 @@ from slipstream.quant.nunchaku import (
     OUTSIDE,
     SINGLE,
     SINGLE_NORMS,
-    Layer,
+    NunchakuLayer,
     blocks_of,
-    pack_layer,
-    pack_modulation,
     plain_weights,
     unpack_layer,
     unpack_modulation,
     w4a4_layers,
 )
 
+from lab.nunchaku import pack_layer, pack_modulation
+
 D = 128  # width of the made-up checkpoint; its MLP is 256 wide
 RANK = 16
 
 
-def layer(n: int, k: int, rank: int = RANK, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> Layer:
+def layer(n: int, k: int, rank: int = RANK, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> NunchakuLayer:
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator).to(dtype)
 
-    return Layer(
+    return NunchakuLayer(
         codes=torch.randint(-8, 8, (n, k), generator=generator).to(torch.int8),
         scales=normal(k // 64, n),
         smooth=normal(k).abs() + 0.5,
@@ -44,7 +44,7 @@ def layer(n: int, k: int, rank: int = RANK, seed: int = 0, dtype: torch.dtype = 
     )
 
 
-def same(a: Layer, b: Layer) -> bool:
+def same(a: NunchakuLayer, b: NunchakuLayer) -> bool:
     return all(torch.equal(getattr(a, f), getattr(b, f)) for f in ("codes", "scales", "smooth", "down", "up", "bias"))
 
 
@@ -78,7 +78,7 @@ def test_padding_is_cut_off_again(n, groups, rank):
     read = unpack_layer(pack_layer(natural, "a"), "a", shape=(n, groups * 64))
     assert not read.down[:, rank:].any() and not read.up[:, rank:].any()
     cut = {"down": read.down[:, :rank], "up": read.up[:, :rank]}
-    assert same(Layer(read.codes, read.scales, read.smooth, bias=read.bias, **cut), natural)
+    assert same(NunchakuLayer(read.codes, read.scales, read.smooth, bias=read.bias, **cut), natural)
 
 
 def test_codes_and_scales_lie_where_the_tensor_cores_load_them():
@@ -152,7 +152,7 @@ def checkpoint(doubles: int = 2, singles: int = 2) -> dict[str, torch.Tensor]:
         for number, name in enumerate(SINGLE):
             part = layer(*shapes[name], seed=1000 + 100 * i + number)
             shared = {f: getattr(part, f) for f in ("codes", "scales", "down", "up", "bias")}
-            part = Layer(smooth=smooth if shapes[name][1] == D else part.smooth, **shared)
+            part = NunchakuLayer(smooth=smooth if shapes[name][1] == D else part.smooth, **shared)
             tensors |= pack_layer(part, f"single_transformer_blocks.{i}.{name}")
         tensors |= pack_modulation(*modulation(3, D, D, i), f"single_transformer_blocks.{i}.norm.linear", 3)
         tensors |= {f"single_transformer_blocks.{i}.{name}.weight": torch.rand(16) for name in SINGLE_NORMS}
@@ -191,7 +191,7 @@ def test_layers_of_double_blocks_are_the_files_own():
     assert sum(part.unsigned for parts in layers.values() for part in parts) == 2 * 2 + 2
 
 
-def run(part: Layer, x: torch.Tensor) -> torch.Tensor:
+def run(part: NunchakuLayer, x: torch.Tensor) -> torch.Tensor:
     """The layer with exact activations: what it would compute if they were not rounded."""
     weight = part.codes.double() * part.scales.double().t().repeat_interleave(64, 1)
     shifted = x + GELU_SHIFT if part.unsigned else x

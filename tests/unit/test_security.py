@@ -232,7 +232,7 @@ def test_h78_no_name_of_a_file_to_read_leads_out_of_its_folder(folders):
 
 
 def test_a_link_in_the_place_of_a_profile_is_replaced_and_not_written_through(folders):
-    from slipstream.engine.files import write_whole
+    from slipstream.kernels.files import write_whole
 
     target, link = folders / "precious", folders / "models" / profiles.FOLDER / "x.safetensors"
     target.write_text("precious")

@@ -20,8 +20,10 @@ def module(bench: Bench, k: int, n: int, act_bits: int = 4):
     import torch
 
     with_pack()
-    from slipstream.quant.layer import METHODS, quantise_linear, with_spec
+    from slipstream.quant.layer import quantise_linear
     from slipstream.quant.linear import W4A4Linear
+
+    from lab.methods import METHODS, with_spec
 
     weight = torch.randn(n, k, device=bench.device, dtype=torch.bfloat16) / k**0.5
     method = with_spec(METHODS["hadamard_svd"], format={4: "svdquant_w4a4", 8: "w4a8"}[act_bits])

@@ -95,7 +95,8 @@ def quantised(bench: Bench, name: str, wish: dict, caches: tuple[str, ...] = tup
     import comfy.model_management
 
     base, _, _ = model_of(bench)
-    from slipstream.host.quantise.quantise import QuantWish, quantise
+    from slipstream.host.quantise.choose import QuantWish
+    from slipstream.host.quantise.quantise import quantise
     from slipstream.kernels import dispatch
 
     dispatch.reset()

@@ -144,7 +144,7 @@ def layer_of(kind: str, n: int, k: int, device, rank: int = RANK):
 
 def exactly(x, layer, act_bits: int):
     """The layer in float64: the codes by the contract's float32 arithmetic, everything after them without rounding."""
-    from slipstream.kernels.reference import GELU_SHIFT, hadamard, quantize_activations, unpack_int4
+    from slipstream.kernels.reference import GELU_SHIFT, hadamard, quantise_activations, unpack_int4
 
     main = x.float() + GELU_SHIFT if layer.unsigned else x.float()
     if layer.smooth is not None:
@@ -152,7 +152,7 @@ def exactly(x, layer, act_bits: int):
     size = layer.k if layer.per_row else layer.group_size
     unsigned = layer.unsigned and layer.act_bits == 4
     main = hadamard(main if act_bits < 16 else main.double(), layer.rotation)
-    codes, scales = quantize_activations(main, bits=layer.act_bits, group_size=size, unsigned=unsigned)
+    codes, scales = quantise_activations(main, bits=layer.act_bits, group_size=size, unsigned=unsigned)
     weight = (unpack_int4(layer.weight) if layer.weight_bits == 4 else layer.weight).double()
     if layer.per_row:
         weight = weight * layer.weight_scale.double().view(-1, 1)

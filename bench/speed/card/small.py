@@ -28,7 +28,8 @@ def small_models(bench: Bench) -> Iterator[dict]:
     from slipstream.demo import emoji
     from slipstream.engine.run.plan import CacheConfig, PredictorConfig
     from slipstream.host.model import add_cache, add_predictor, plan_of
-    from slipstream.host.quantise.quantise import QuantWish, quantise
+    from slipstream.host.quantise.choose import QuantWish
+    from slipstream.host.quantise.quantise import quantise
     from slipstream.kernels import dispatch
 
     from .flux import told
