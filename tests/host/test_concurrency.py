@@ -21,9 +21,10 @@ from slipstream.host.canvas import events
 from slipstream.host.canvas.strip import EVENT, FINISHED, KEPT_NODES, Strips
 from slipstream.host.compensate.reference import BetterWeights
 from slipstream.host.model import add_compensator
-from slipstream.host.parts import QUANTISED, Quantised
+from slipstream.host.parts import QUANTISED
 from slipstream.host.quantise import first_run
 from slipstream.host.quantise.choose import FIRST_RUN, QuantWish
+from slipstream.host.quantise.placed import Quantised
 from slipstream.host.quantise.quantise import quantise, quantised
 from slipstream.host.switch.segments import SwitchConfig
 from slipstream.host.switch.switch import add_switch
