@@ -13,7 +13,7 @@ import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
 from sampling import relative
-from scenes import SITES, Site, every_site, repeated
+from scenes import SITES, Site, every_site, every_site_deeper, repeated
 from slipstream.engine.forecast.history import History
 from slipstream.engine.run.run import Run
 from slipstream.engine.sites.stack import BlockCall, BlockSite
@@ -55,7 +55,7 @@ def test_what_is_skipped_really_does_not_run(lab, site):
 
 
 @pytest.mark.card
-@every_site
+@every_site_deeper
 def test_h01_off_is_bit_identical(lab, site):
     base = getattr(lab, site.model)
     plain = lab.sample(base, cfg=3.0)
@@ -81,7 +81,7 @@ class Stopped(Exception):
     pass
 
 
-@every_site
+@every_site_deeper
 @pytest.mark.parametrize("error", [comfy.model_management.InterruptProcessingException, Stopped])
 def test_h04_h05_a_cancelled_run_leaves_nothing(lab, site, error):
     base, model = getattr(lab, site.model), site.every(lab)
@@ -122,7 +122,7 @@ def test_h06_an_error_inside_the_network_leaves_nothing(lab, site):
     assert torch.equal(lab.sample(base), plain)
 
 
-@every_site
+@every_site_deeper
 def test_h07_no_tensor_is_reachable_after_the_run(lab, site):
     kinds = (Run, History, BlockSite, BlockCall, UNetSite, DepthCall, EncoderCall)
 
@@ -160,7 +160,7 @@ def test_h08_h09_measured_decisions_do_not_depend_on_the_split(lab, split, name,
     assert relative(separate, batched) < 1e-5
 
 
-@every_site
+@every_site_deeper
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_h10_half_precision_inputs_are_never_written_to(lab, site, dtype):
     model = site.every(lab)
@@ -196,7 +196,7 @@ def test_h11_an_edited_result_does_not_reach_the_cache(lab, site):
     assert torch.equal(lab.sample(spoiled), clean)
 
 
-@every_site
+@every_site_deeper
 def test_h12_h13_sizes_batches_and_steps_change_between_runs(lab, site):
     used = site.every(lab)
     for options in ({"size": (16, 16)}, {"size": (8, 24)}, {"batch": 3}, {"steps": 9}, {"batch": 1}):
@@ -212,7 +212,7 @@ def test_h14_two_clones_in_turns_equal_each_alone(lab, site):
         assert torch.equal(lab.sample(quick), alone[1])
 
 
-@every_site
+@every_site_deeper
 def test_h17_other_wrappers_and_replacements_are_still_called(lab, site):
     calls = {"function": 0, "block": 0}
 
