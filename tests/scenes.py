@@ -10,6 +10,7 @@ import comfy.samplers
 import node_helpers
 import pytest
 import torch
+from sampling import SIZE
 from slipstream.demo import emoji
 
 
@@ -139,11 +140,14 @@ class Residuals(comfy.controlnet.ControlBase):
 
 def controlled(model, start=0.0, end=1.0):
     """Conditioning with a ControlNet for the tiny Flux (tokens) or the tiny U-Net (feature maps of its skips)."""
+    height, width = SIZE
     if model == "flux":
-        shapes = {"input": [(64, 256)] * 2, "output": [(64, 256)] * 3}
+        tokens = height * width // 4
+        shapes = {"input": [(tokens, 256)] * 2, "output": [(tokens, 256)] * 3}
     else:
-        maps = [(32, 16, 16), (32, 16, 16), (32, 8, 8), (64, 8, 8)]  # popped from the end, one per output block
-        shapes = {"output": maps, "middle": [(64, 8, 8)]}
+        full, half = (height, width), (height // 2, width // 2)
+        maps = [(32, *full), (32, *full), (32, *half), (64, *half)]  # popped from the end, one per output block
+        shapes = {"output": maps, "middle": [(64, *half)]}
     control = Residuals(shapes)
     control.set_cond_hint(torch.zeros(1, 3, 64, 64), 1.0, (start, end))
     return node_helpers.conditioning_set_values(

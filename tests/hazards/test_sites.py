@@ -12,7 +12,7 @@ import comfy.model_management
 import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
-from sampling import relative
+from sampling import TRAINED, relative
 from scenes import SITES, Site, every_site, every_site_deeper, repeated
 from slipstream.engine.forecast.history import History
 from slipstream.engine.run.run import Run
@@ -58,7 +58,7 @@ def test_what_is_skipped_really_does_not_run(lab, site):
 @every_site_deeper
 def test_h01_off_is_bit_identical(lab, site):
     base = getattr(lab, site.model)
-    plain = lab.sample(base, cfg=3.0)
+    plain = lab.plain(site.model, cfg=3.0)
     hooked = site.every(lab, start_percent=0.99)  # stored at every evaluation, never filled
     assert torch.equal(lab.sample(hooked, cfg=3.0), plain)
     assert lab.report(hooked)["cache_bytes"] > 0
@@ -85,7 +85,7 @@ class Stopped(Exception):
 @pytest.mark.parametrize("error", [comfy.model_management.InterruptProcessingException, Stopped])
 def test_h04_h05_a_cancelled_run_leaves_nothing(lab, site, error):
     base, model = getattr(lab, site.model), site.every(lab)
-    plain, clean = lab.sample(base), lab.sample(model)
+    plain, clean = lab.plain(site.model), lab.sample(model)
 
     def stop(step, *_):
         if step == 6:
@@ -103,7 +103,7 @@ def test_h04_h05_a_cancelled_run_leaves_nothing(lab, site, error):
 @every_site
 def test_h06_an_error_inside_the_network_leaves_nothing(lab, site):
     base, model = getattr(lab, site.model), site.every(lab)
-    plain, clean = lab.sample(base), lab.sample(model)
+    plain, clean = lab.plain(site.model), lab.sample(model)
     network, calls = model.model.diffusion_model, []
     leaves = [m for m in network.get_submodule(site.inside).modules() if not list(m.children())]
 
@@ -152,9 +152,10 @@ def test_h08_split_equals_batched(lab, split, site, batch):
 def test_h08_h09_measured_decisions_do_not_depend_on_the_split(lab, split, name, method):
     inner = "block stack" if name == "flux" else "U-Net depth"
     model = lab.fast(getattr(lab, name), method=method, site=inner, threshold=0.15)
-    batched, together = lab.sample(model, cfg=3.0, steps=28), lab.report(model)
+    options = {"cfg": 3.0, "steps": 28, "size": TRAINED}
+    batched, together = lab.sample(model, **options), lab.report(model)
     split()
-    separate, apart = lab.sample(model, cfg=3.0, steps=28), lab.report(model)
+    separate, apart = lab.sample(model, **options), lab.report(model)
     assert together["filled"] >= 6
     assert [e["action"] for e in together["trace"]] == [e["action"] for e in apart["trace"]]
     assert relative(separate, batched) < 1e-5
@@ -331,7 +332,7 @@ def test_h17_patches_by_block_keep_their_blocks(lab, site, pack):
 
     base, model = patched(lab.unet), patched(site.every(lab, 2))
     plain = lab.sample(base)
-    assert relative(plain, lab.sample(lab.unet)) > 1e-3  # the patch does something
+    assert relative(plain, lab.plain("unet")) > 1e-3  # the patch does something
     assert relative(lab.sample(model), plain) < 0.2 and lab.report(model)["filled"] >= 5
     differences, report = repeated(lab, model)
     filled = [d for d, e in zip(differences, report["trace"][1::2], strict=True) if e["action"] != "computed"]

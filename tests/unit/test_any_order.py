@@ -24,11 +24,15 @@ def hidden(path: list[str]) -> list[str]:
 
 
 def twice(modules: dict[str, types.ModuleType]) -> set[str]:
-    """Files of this checkout that are loaded as two modules; pytest runs the root's `__init__.py` once more itself."""
+    """Files of this checkout that are loaded as two modules.
+
+    pytest itself runs the root's `__init__.py` once more, and a test file that another one takes a helper from.
+    """
     copies: dict[str, set[int]] = {}
     for module in list(modules.values()):
         file = getattr(module, "__file__", None) or ""
-        if file.startswith(str(ROOT) + os.sep) and file != str(ROOT / "__init__.py"):
+        known = file == str(ROOT / "__init__.py") or os.path.basename(file).startswith("test_")
+        if file.startswith(str(ROOT) + os.sep) and not known:
             copies.setdefault(file, set()).add(id(module))
     return {file for file, ids in copies.items() if len(ids) > 1}
 
