@@ -45,6 +45,14 @@ every_site = pytest.mark.parametrize("site", SITES, ids=str)
 # With the other depth in the place of the first: the two differ in one number, so a hazard is met at one of them.
 every_site_deeper = pytest.mark.parametrize("site", [DEEPER if s.site == DEEPER.site else s for s in SITES], ids=str)
 
+# The whole model's output too.
+EVERYWHERE = [
+    Site("flux", "model output", "double_blocks"),
+    Site("unet", "model output", "middle_block"),
+    *[s for s in SITES if s.depth < 0 and s.model != "sd3"],
+]
+everywhere = pytest.mark.parametrize("site", EVERYWHERE, ids=str)
+
 # One sampler of each way of stepping; the host's others are the `long` version of the same test.
 WAYS = ("euler", "heun", "dpmpp_2m", "dpmpp_2s_ancestral", "uni_pc", "res_multistep", "euler_cfg_pp")
 
