@@ -86,8 +86,9 @@ def test(environment: Environment, rest: list[str]) -> int:
                 return 1
         if check_types(environment):
             return 1
-        # One worker per file: files share a loaded model or a server among their tests.
-        rest = ["-n", str(min(4, os.cpu_count() or 1)), "--dist", "loadfile"]
+        # One worker per file: files share a loaded model or a server among their tests. In the order of their names:
+        # by their number of tests, the slow ones, which have few, would come last and leave a worker without work.
+        rest = ["-n", str(min(4, os.cpu_count() or 1)), "--dist", "loadfile", "--no-loadscope-reorder"]
     rest += ["-m", "long or not long"] if known.all else []
     for name, value in (("--matrix", known.matrix), ("--matrix-outcomes", known.matrix_outcomes)):
         # With "=": a file of its own in the arguments would be taken for what is to be tested.

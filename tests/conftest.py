@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -18,9 +19,29 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from sampling import Lab  # noqa: E402
 
+from lab.server import Server  # noqa: E402
+
 torch.set_num_threads(1)
 
 pytest_plugins = ["matrix"]
+
+
+def pytest_collection_finish():
+    """Many tests collect garbage to see what a run has left: what the imports made is not looked through each time."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish():
+    gc.unfreeze()  # or nanobind, at the end of the process, takes all of that for leaks
+
+
+@pytest.fixture(scope="session")
+def comfy(tmp_path_factory) -> Server:
+    """A real ComfyUI server with the pack, one for all files of this process; a test that kills one starts its own."""
+    server = Server(tmp_path_factory.mktemp("server") / "log.txt")
+    with server:
+        yield server
 
 
 @pytest.fixture(scope="session")

@@ -43,6 +43,10 @@ class Faulty:
         return self
 
     def __exit__(self, *exception) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """From here on nobody listens at this address."""
         self.server.shutdown()
         self.server.server_close()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import comfy.model_management
 import comfy.model_patcher
@@ -16,6 +16,8 @@ from slipstream.engine.run.plan import CacheConfig, PredictorConfig
 from slipstream.host.canvas import events
 from slipstream.host.model import add_cache, add_predictor, plan_of
 
+# Of a latent. The small models were trained at TRAINED; what asks how good a picture is samples it at that size.
+SIZE, TRAINED = (8, 8), (16, 16)
 UNET = dict(
     use_checkpoint=False, image_size=32, use_spatial_transformer=True, legacy=False, out_channels=4, in_channels=4,
     use_temporal_resblock=False, use_temporal_attention=False, adm_in_channels=None, model_channels=32,
@@ -59,6 +61,7 @@ class Lab:
 
     def __init__(self):
         self._models = {}
+        self._plain: dict[tuple, torch.Tensor] = {}
 
     def _model(self, name: str, make) -> comfy.model_patcher.ModelPatcher:
         if name not in self._models:
@@ -108,11 +111,11 @@ class Lab:
     def report(self, model) -> dict:
         return events.last_report(plan_of(model))
 
-    def latent(self, model, batch: int = 1, size: tuple[int, int] = (16, 16)) -> torch.Tensor:
+    def latent(self, model, batch: int = 1, size: tuple[int, int] = SIZE) -> torch.Tensor:
         return torch.zeros(batch, model.model.latent_format.latent_channels, *size)
 
     def sample(
-        self, model, *, steps=16, cfg=1.0, sampler="euler", scheduler="simple", seed=1, batch=1, size=(16, 16),
+        self, model, *, steps=16, cfg=1.0, sampler="euler", scheduler="simple", seed=1, batch=1, size=SIZE,
         prompts=None, positive=None, negative=None, latent=None, **options,
     ):  # fmt: skip
         """What KSampler does; returns the final latent."""
@@ -128,6 +131,17 @@ class Lab:
                 model, noise, steps, cfg, sampler, scheduler, positive, negative, latent, seed=seed,
                 disable_pbar=True, **options,
             )  # fmt: skip
+
+    def plain(self, name: str, *, positive: Callable | None = None, **options) -> torch.Tensor:
+        """What the model of this name gives without a node, sampled once per process. positive: makes the conditioning.
+
+        A test that asks what a run has left behind samples the model again itself, and compares with this.
+        """
+        key = (name, positive, *sorted(options.items()))
+        if key not in self._plain:
+            given = {"positive": positive()} if positive else {}
+            self._plain[key] = self.sample(getattr(self, name), **given, **options)
+        return self._plain[key].clone()
 
     @contextlib.contextmanager
     def calls(self, model):

@@ -10,6 +10,7 @@ import comfy.samplers
 import node_helpers
 import pytest
 import torch
+from sampling import SIZE
 from slipstream.demo import emoji
 
 
@@ -27,7 +28,8 @@ class Site:
         return lab.every(getattr(lab, self.model), n, site=self.site, depth=self.depth, **options)
 
     def __str__(self) -> str:
-        return f"{self.model}-{self.site.replace(' ', '_')}"
+        depth = f"-{self.depth}" if self.depth > 0 else ""
+        return f"{self.model}-{self.site.replace(' ', '_')}{depth}"
 
 
 SITES = [
@@ -36,10 +38,30 @@ SITES = [
     Site("lumina", "block stack", "layers.1"),
     Site("sd3", "last block", "joint_blocks"),
     Site("unet", "U-Net depth", "middle_block"),
-    Site("unet", "U-Net depth", "middle_block", depth=2),
     Site("unet", "U-Net encoder", "input_blocks.1"),
 ]
+DEEPER = Site("unet", "U-Net depth", "middle_block", depth=2)
 every_site = pytest.mark.parametrize("site", SITES, ids=str)
+# With the other depth in the place of the first: the two differ in one number, so a hazard is met at one of them.
+every_site_deeper = pytest.mark.parametrize("site", [DEEPER if s.site == DEEPER.site else s for s in SITES], ids=str)
+
+# The whole model's output too.
+EVERYWHERE = [
+    Site("flux", "model output", "double_blocks"),
+    Site("unet", "model output", "middle_block"),
+    *[s for s in SITES if s.depth < 0 and s.model != "sd3"],
+]
+everywhere = pytest.mark.parametrize("site", EVERYWHERE, ids=str)
+
+# One sampler of each way of stepping; the host's others are the `long` version of the same test.
+WAYS = ("euler", "heun", "dpmpp_2m", "dpmpp_2s_ancestral", "uni_pc", "res_multistep", "euler_cfg_pp")
+
+
+def every_sampler(names):
+    """A test for each of the samplers; of each way of stepping one by default, all with `--all`."""
+    assert set(WAYS) <= set(names)
+    marked = [pytest.param(name, marks=() if name in WAYS else pytest.mark.long) for name in names]
+    return pytest.mark.parametrize("sampler", marked)
 
 
 class GuiderThatTurnsCfgOn(comfy.samplers.CFGGuider):
@@ -126,11 +148,14 @@ class Residuals(comfy.controlnet.ControlBase):
 
 def controlled(model, start=0.0, end=1.0):
     """Conditioning with a ControlNet for the tiny Flux (tokens) or the tiny U-Net (feature maps of its skips)."""
+    height, width = SIZE
     if model == "flux":
-        shapes = {"input": [(64, 256)] * 2, "output": [(64, 256)] * 3}
+        tokens = height * width // 4
+        shapes = {"input": [(tokens, 256)] * 2, "output": [(tokens, 256)] * 3}
     else:
-        maps = [(32, 16, 16), (32, 16, 16), (32, 8, 8), (64, 8, 8)]  # popped from the end, one per output block
-        shapes = {"output": maps, "middle": [(64, 8, 8)]}
+        full, half = (height, width), (height // 2, width // 2)
+        maps = [(32, *full), (32, *full), (32, *half), (64, *half)]  # popped from the end, one per output block
+        shapes = {"output": maps, "middle": [(64, *half)]}
     control = Residuals(shapes)
     control.set_cond_hint(torch.zeros(1, 3, 64, 64), 1.0, (start, end))
     return node_helpers.conditioning_set_values(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import pytest
@@ -26,3 +27,9 @@ def shipped() -> tuple[str, ...]:
     """Paths relative to ROOT, with slashes, sorted. New files that git does not ignore count."""
     ignored = listed("--ignored", f"--exclude-from={ROOT / '.comfyignore'}")
     return tuple(sorted(name for name in listed("--exclude-standard") - ignored if (ROOT / name).is_file()))
+
+
+@cache
+def tree(path: Path) -> ast.Module:
+    """A Python file as its syntax tree, parsed once for all promises; it must not change afterwards."""
+    return ast.parse(path.read_text(encoding="utf-8"))

@@ -9,9 +9,9 @@ import uuid
 from types import SimpleNamespace
 
 import pytest
-from canvas.page import SETTINGS, Canvas, ask, chromium
+from canvas.page import SETTINGS, Canvas, ask
 
-from lab.server import ROOT, Server
+from lab.server import ROOT
 
 LOADER, PREDICTOR = "SlipstreamCacheLoader", "SlipstreamTaylorPredictor"
 DEMO = json.loads((ROOT / "workflows" / "slipstream_demo.json").read_text())
@@ -19,21 +19,6 @@ COMPUTED = "#3a8fd9"
 BYPASSED = 4
 # Enough evaluations that a page is loaded twice before they are done; no test waits for their end.
 LONG = 2500
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with chromium() as program:
-        yield program
-
-
-@pytest.fixture(scope="module")
-def server(browser, tmp_path_factory):
-    """The server's address; its canvas' settings are afterwards what they were."""
-    with Server(tmp_path_factory.mktemp("canvas") / "log.txt") as url:
-        before = ask(f"{url}/settings")
-        yield url
-        ask(f"{url}/settings", {"Comfy.VueNodes.Enabled": False, **before})
 
 
 @pytest.fixture(scope="module", params=["classic", "vue"])

@@ -4,9 +4,7 @@ strip. Skipped where there is no Chromium."""
 from __future__ import annotations
 
 import pytest
-from canvas.page import SETTINGS, Canvas, ask, chromium
-
-from lab.server import Server
+from canvas.page import SETTINGS, Canvas, ask
 
 NODE = "SlipstreamCacheLoader"
 # Frontends before this one drop every pack's translated names when they load a language (ComfyUI_frontend, pull 7214).
@@ -39,18 +37,6 @@ RUN = """(id) => {
         words: "nothing is skipped: the drift budget is 0", cells: [cell(0, "computed"), cell(1, "forecast")],
     } }))
 }"""
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with chromium() as program:
-        yield program
-
-
-@pytest.fixture(scope="module")
-def server(browser, tmp_path_factory):
-    with Server(tmp_path_factory.mktemp("help") / "log.txt") as url:
-        yield url
 
 
 @pytest.mark.parametrize("language", WORDS)

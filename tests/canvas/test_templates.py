@@ -7,10 +7,10 @@ import json
 import urllib.error
 
 import pytest
-from canvas.page import SETTINGS, Canvas, ask, chromium
+from canvas.page import SETTINGS, Canvas, ask
 
 from lab import workflow
-from lab.server import ROOT, Server
+from lab.server import ROOT
 
 NAMES = sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
 NEW = ("slipstream_flux_dev", "slipstream_wan22_t2v")
@@ -25,19 +25,17 @@ MISSING = """() => ({
 
 
 @pytest.fixture(scope="module")
-def opened(tmp_path_factory):
+def opened(browser, server):
     """(a function that gives a tab in one rendering, what the server says of its nodes)"""
-    with chromium() as browser, Server(tmp_path_factory.mktemp("templates") / "log.txt") as url:
-        before, tabs = ask(f"{url}/settings"), {}
+    tabs = {}
 
-        def tab(vue: bool) -> Canvas:
-            if vue not in tabs:
-                ask(f"{url}/settings", {**SETTINGS, "Comfy.VueNodes.Enabled": vue})
-                tabs[vue] = Canvas(browser.new_context(viewport={"width": 1400, "height": 900}), url, timeout=120_000)
-            return tabs[vue]
+    def tab(vue: bool) -> Canvas:
+        if vue not in tabs:
+            ask(f"{server}/settings", {**SETTINGS, "Comfy.VueNodes.Enabled": vue})
+            tabs[vue] = Canvas(browser.new_context(viewport={"width": 1400, "height": 900}), server, timeout=120_000)
+        return tabs[vue]
 
-        yield tab, ask(f"{url}/object_info")
-        ask(f"{url}/settings", {"Comfy.VueNodes.Enabled": False, **before})
+    return tab, ask(f"{server}/object_info")
 
 
 def refused(canvas: Canvas, prompt: dict) -> set[tuple[str, str]]:

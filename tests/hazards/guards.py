@@ -11,6 +11,8 @@ FILES: dict[str, str] = {
     "hazards/test_samplers.py": "cache predictor",
     "hazards/test_sites.py": "cache predictor",
     "hazards/test_sites_conditioning.py": "cache predictor",
+    "hazards/test_sites_fills.py": "cache predictor",
+    "hazards/test_sites_samplers.py": "cache predictor",
     "hazards/test_state.py": "cache predictor",
     "host/test_calibrate.py": "calibrate",
     "host/test_concurrency.py": "cache predictor",

@@ -93,7 +93,7 @@ GROUPS: dict[str, dict[str, str]] = {
         "H70": "a LoRA on a 4-bit layer, strength 0, removed",
         "H71": "saved and loaded, cloned, moved, unloaded",
         "H72": "odd widths, no or one token, strided inputs, overflow, NaN in a weight",
-        "H73": "switched to its twin: bit for bit, with every sampler",
+        "H73": "switched to its twin: bit for bit, with every sampler (without `--all`, one of each way of stepping)",
         "H74": "two clones of one checkpoint",
         "H75": "models that do not fit each other are refused by name",
         "H76": "caches on either model, switches in a chain",

@@ -11,7 +11,7 @@ import families
 import folder_paths
 import pytest
 import torch
-from sampling import relative
+from sampling import SIZE, relative
 from scenes import controlled, guided, scheduled
 from slipstream.demo import emoji
 from slipstream.engine.calibration.profile import Profile
@@ -334,7 +334,7 @@ def test_h69_the_budget_holds_for_all_blocks_together(lab, folder, monkeypatch):
     rows = torch.zeros_like(table(base))
     full = masked(base, rows)
     reference, need = sample(lab, full), lab.report(full)["cache_bytes"]
-    tokens = 64 + emoji.conditioning("hamburger")[0][0].shape[1]
+    tokens = SIZE[0] * SIZE[1] // 4 + emoji.conditioning("hamburger")[0][0].shape[1]
     assert need == len(blocks_of(base)) * tokens * 256 * 4
 
     def limited(limit):

@@ -12,7 +12,7 @@ import gc
 import comfy.model_management
 import pytest
 import torch
-from sampling import relative
+from sampling import SIZE, relative
 from scenes import guided, scheduled
 from slipstream.demo import emoji
 from slipstream.engine.correction.anchors import Carried
@@ -182,12 +182,12 @@ def test_h41_anchors_are_at_times_not_at_sigmas(lab, bases, scheduler):
 def test_h44_h47_a_later_start_and_an_inpaint_mask(lab, bases):
     model = compensated(lab, bases["flux"], 2)
     latent = sample(lab, lab.flux)
-    mask = torch.zeros(1, 1, 16, 16)
-    mask[..., :8] = 1.0
+    mask = torch.zeros(1, 1, *SIZE)
+    mask[..., :4] = 1.0
     result = sample(lab, model, latent=latent, denoise=0.6, noise_mask=mask)
     at_work(lab, model)
-    assert torch.allclose(result[..., 8:], latent[..., 8:], atol=1e-4)
-    assert relative(result[..., :8], latent[..., :8]) > 1e-3
+    assert torch.allclose(result[..., 4:], latent[..., 4:], atol=1e-4)
+    assert relative(result[..., :4], latent[..., :4]) > 1e-3
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4])
@@ -201,7 +201,7 @@ def test_h46_h48_a_schedule_that_goes_up_again_is_left_alone(lab, bases):
 
     sigmas = torch.tensor([1.0, 0.7, 0.4, 0.7, 0.4, 0.2, 0.0])
     model = compensated(lab, bases["flux"], cached=False)
-    noise = torch.randn(1, 16, 16, 16, generator=torch.Generator().manual_seed(1))
+    noise = torch.randn(1, 16, *SIZE, generator=torch.Generator().manual_seed(1))
 
     def run(which):
         guider = comfy.samplers.CFGGuider(which)
@@ -302,8 +302,8 @@ def test_h10_h21_h22_a_prompt_schedule_voids_what_the_large_model_told(lab, monk
 
 def test_h44_h47_a_later_start_and_an_inpaint_mask_in_a_switched_run(lab):
     model, small = stitched(lab)
-    latent, mask = sample(lab, lab.flux), torch.zeros(1, 1, 16, 16)
-    mask[..., :8] = 1.0
+    latent, mask = sample(lab, lab.flux), torch.zeros(1, 1, *SIZE)
+    mask[..., :4] = 1.0
     result = sample(lab, model, latent=latent, denoise=0.6, noise_mask=mask)
-    assert torch.allclose(result[..., 8:], latent[..., 8:], atol=1e-4)
+    assert torch.allclose(result[..., 4:], latent[..., 4:], atol=1e-4)
     at_work(lab, small, False)

@@ -8,7 +8,7 @@ import weakref
 import comfy.model_management
 import pytest
 import torch
-from sampling import relative
+from sampling import TRAINED, relative
 from scenes import SITES, every_site
 from slipstream.engine.forecast.history import Storage
 from slipstream.engine.run.run import Run
@@ -33,9 +33,9 @@ SNAPSHOT = 64 * 256 * 4
 )
 def test_h69_the_count_is_the_formula(lab, options, snapshots):
     model = lab.fast(lab.flux, **options)
-    lab.sample(model)
+    lab.sample(model, size=TRAINED)
     assert lab.report(model)["cache_bytes"] == snapshots * SNAPSHOT
-    lab.sample(model, cfg=3.0, batch=2)
+    lab.sample(model, cfg=3.0, batch=2, size=TRAINED)
     assert lab.report(model)["cache_bytes"] == 2 * 2 * snapshots * SNAPSHOT
 
 
@@ -59,7 +59,7 @@ def test_h69_a_tight_budget_compresses_and_a_tighter_one_computes(lab, monkeypat
     def sampled(limit):
         monkeypatch.setattr(Memory, "limit", lambda self, device: limit)
         model = lab.every(base, site="last block")
-        return lab.sample(model), lab.report(model)
+        return lab.sample(model, size=TRAINED), lab.report(model)
 
     _, report = sampled(need)
     assert report["cache_place"] == "cpu" and report["filled"] >= 8
@@ -68,7 +68,7 @@ def test_h69_a_tight_budget_compresses_and_a_tighter_one_computes(lab, monkeypat
     result, report = sampled(0.3 * need)
     assert report["filled"] == 0 and report["cache_bytes"] == 0
     assert "more than the budget" in report["note"] and "MB" in events.node_text(report)
-    assert torch.equal(result, lab.sample(base))
+    assert torch.equal(result, lab.sample(base, size=TRAINED))
 
 
 def test_h69_what_a_prompt_change_frees_is_free_again(lab, monkeypatch):
@@ -77,7 +77,7 @@ def test_h69_what_a_prompt_change_frees_is_free_again(lab, monkeypatch):
 
     monkeypatch.setattr(Memory, "limit", lambda self, device: 2 * SNAPSHOT)
     model = lab.every(lab.flux, site="last block")
-    lab.sample(model, positive=scheduled())
+    lab.sample(model, positive=scheduled(), size=TRAINED)
     report = lab.report(model)
     assert report["filled"] >= 4 and report["cache_place"] == "cpu"
 
@@ -126,14 +126,14 @@ def test_h69_room_is_made_of_what_is_not_running_or_the_cache_goes_to_ram(lab, m
 
 def test_the_node_shows_what_was_chosen_and_how_much_is_kept(lab):
     model = lab.fast(lab.flux, site="last block", method="first-block gate", threshold=0.2)
-    lab.sample(model, steps=28)
+    lab.sample(model, steps=28, size=TRAINED)
     report = lab.report(model)
     text = events.node_text(report)
     assert text.splitlines()[2] == "last-block features from block 1, first-block gate 0.2, Taylor 1"
     assert text.splitlines()[1].endswith("saved, 0.2 MB")
     assert "computed" in text.splitlines()[0] and len(text.splitlines()) == 3
     automatic = lab.fast(lab.trained_unet)
-    lab.sample(automatic, steps=28)
+    lab.sample(automatic, steps=28, size=TRAINED)
     chosen = "model output, drift budget 0.04, Taylor 1 for Stable Diffusion U-Net, cache 0.0 MB"
     assert chosen in events.summary(lab.report(automatic))
 
@@ -167,7 +167,7 @@ def test_a_filled_evaluation_costs_less_than_one_percent(lab, monkeypatch):
         ours.append(spent[0])
         spent[0] = 0.0
 
-    lab.sample(model, prompts=prompts, callback=at_step)
+    lab.sample(model, prompts=prompts, size=TRAINED, callback=at_step)
     trace = lab.report(model)["trace"]
     filled = [t for t, e in zip(ours, trace, strict=True) if e["action"] != "computed"]
     computed = [e["seconds"] for e in trace if e["action"] == "computed"]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import comfy.samplers
 import pytest
 import torch
-from sampling import relative
+from sampling import TRAINED, relative
+from scenes import every_sampler
 from slipstream.engine.run.clock import Clock
 from slipstream.engine.run.samplers import sampler_traits
 
@@ -43,8 +44,8 @@ def test_h41_the_coordinate_follows_the_schedule(lab, name, scheduler):
     trace = lab.report(model)["trace"]
     assert [round(e["u"], 4) for e in trace] == list(range(24))  # one step is 1, however the sigmas are spaced
     assert lab.report(model)["filled"] >= 10
-    plain = lab.sample(getattr(lab, name), scheduler=scheduler, steps=24)
-    fewer = lab.sample(getattr(lab, name), scheduler=scheduler, steps=12)
+    plain = lab.plain(name, scheduler=scheduler, steps=24)
+    fewer = lab.plain(name, scheduler=scheduler, steps=12)
     assert relative(result, plain) < 0.7 * relative(fewer, plain)
 
 
@@ -63,10 +64,9 @@ def test_h41_a_shifted_schedule(lab):
 
 @pytest.mark.parametrize("sampler", MULTISTEP)
 def test_h43_multistep_samplers_stay_close_and_end_on_a_computed_step(lab, sampler):
-    plain = lab.sample(lab.flux, sampler=sampler, steps=24)
-    fewer = lab.sample(lab.flux, sampler=sampler, steps=6)
+    plain, fewer = (lab.plain("flux", sampler=sampler, steps=n, size=TRAINED) for n in (24, 6))
     model = lab.fast(lab.flux, drift_budget=0.1)
-    result = lab.sample(model, sampler=sampler, steps=24)
+    result = lab.sample(model, sampler=sampler, steps=24, size=TRAINED)
     report = lab.report(model)
     assert report["filled"] >= 4 and report["trace"][-1]["action"] == "computed"
     assert relative(result, plain) < 0.5 * relative(fewer, plain)
@@ -75,7 +75,7 @@ def test_h43_multistep_samplers_stay_close_and_end_on_a_computed_step(lab, sampl
 @pytest.mark.parametrize("options", [{"denoise": 0.6}, {"start_step": 5}, {"start_step": 5, "last_step": 13}])
 def test_h44_a_first_run_that_starts_late(lab, options):
     model = lab.every(lab.flux)
-    latent = lab.sample(lab.flux, seed=5)
+    latent = lab.plain("flux", seed=5)
     lab.sample(model, latent=latent, **options)
     trace = lab.report(model)["trace"]
     assert [e["action"] for e in trace[:2]] == ["computed", "computed"]  # order 1 needs two, whatever sigma they have
@@ -125,19 +125,14 @@ def test_h46_no_sigma_is_looked_up_by_equality(lab):
     assert report["trace"][-1]["action"] == "computed"
 
 
-def test_every_sampler_of_the_host_runs(lab):
-    """Each either skips or says why not; results are finite and the last evaluation is computed."""
-    silent = []
-    for sampler in comfy.samplers.SAMPLER_NAMES:
-        model = lab.every(lab.flux, 2)
-        result = lab.sample(model, sampler=sampler, steps=12)
-        report = lab.report(model)
-        assert result.isfinite().all(), sampler
-        assert report["trace"][-1]["action"] == "computed", sampler
-        if not report["filled"] and not report["note"]:
-            silent.append(sampler)
-        assert report["filled"] or sampler in report["note"], sampler
-    assert not silent
+@every_sampler(comfy.samplers.SAMPLER_NAMES)
+def test_every_sampler_of_the_host_runs(lab, sampler):
+    """It either skips or says why not; the result is finite and the last evaluation is computed."""
+    model = lab.every(lab.flux, 2)
+    assert lab.sample(model, sampler=sampler, steps=12).isfinite().all()
+    report = lab.report(model)
+    assert report["trace"][-1]["action"] == "computed"
+    assert report["filled"] or sampler in report["note"]
 
 
 def test_samplers_that_add_noise_are_known():

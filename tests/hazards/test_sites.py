@@ -13,7 +13,7 @@ import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
 from sampling import relative
-from scenes import SITES, Site, every_site, repeated
+from scenes import every_site, every_site_deeper
 from slipstream.engine.forecast.history import History
 from slipstream.engine.run.run import Run
 from slipstream.engine.sites.stack import BlockCall, BlockSite
@@ -55,10 +55,10 @@ def test_what_is_skipped_really_does_not_run(lab, site):
 
 
 @pytest.mark.card
-@every_site
+@every_site_deeper
 def test_h01_off_is_bit_identical(lab, site):
     base = getattr(lab, site.model)
-    plain = lab.sample(base, cfg=3.0)
+    plain = lab.plain(site.model, cfg=3.0)
     hooked = site.every(lab, start_percent=0.99)  # stored at every evaluation, never filled
     assert torch.equal(lab.sample(hooked, cfg=3.0), plain)
     assert lab.report(hooked)["cache_bytes"] > 0
@@ -81,11 +81,11 @@ class Stopped(Exception):
     pass
 
 
-@every_site
+@every_site_deeper
 @pytest.mark.parametrize("error", [comfy.model_management.InterruptProcessingException, Stopped])
 def test_h04_h05_a_cancelled_run_leaves_nothing(lab, site, error):
     base, model = getattr(lab, site.model), site.every(lab)
-    plain, clean = lab.sample(base), lab.sample(model)
+    plain, clean = lab.plain(site.model), lab.sample(model)
 
     def stop(step, *_):
         if step == 6:
@@ -103,7 +103,7 @@ def test_h04_h05_a_cancelled_run_leaves_nothing(lab, site, error):
 @every_site
 def test_h06_an_error_inside_the_network_leaves_nothing(lab, site):
     base, model = getattr(lab, site.model), site.every(lab)
-    plain, clean = lab.sample(base), lab.sample(model)
+    plain, clean = lab.plain(site.model), lab.sample(model)
     network, calls = model.model.diffusion_model, []
     leaves = [m for m in network.get_submodule(site.inside).modules() if not list(m.children())]
 
@@ -122,7 +122,7 @@ def test_h06_an_error_inside_the_network_leaves_nothing(lab, site):
     assert torch.equal(lab.sample(base), plain)
 
 
-@every_site
+@every_site_deeper
 def test_h07_no_tensor_is_reachable_after_the_run(lab, site):
     kinds = (Run, History, BlockSite, BlockCall, UNetSite, DepthCall, EncoderCall)
 
@@ -147,20 +147,7 @@ def test_h08_split_equals_batched(lab, split, site, batch):
     assert relative(separate, batched) < 1e-5
 
 
-@pytest.mark.parametrize("method", ["drift budget", "first-block gate", "confidence gate"])
-@pytest.mark.parametrize("name", ["flux", "trained_unet"])
-def test_h08_h09_measured_decisions_do_not_depend_on_the_split(lab, split, name, method):
-    inner = "block stack" if name == "flux" else "U-Net depth"
-    model = lab.fast(getattr(lab, name), method=method, site=inner, threshold=0.15)
-    batched, together = lab.sample(model, cfg=3.0, steps=28), lab.report(model)
-    split()
-    separate, apart = lab.sample(model, cfg=3.0, steps=28), lab.report(model)
-    assert together["filled"] >= 6
-    assert [e["action"] for e in together["trace"]] == [e["action"] for e in apart["trace"]]
-    assert relative(separate, batched) < 1e-5
-
-
-@every_site
+@every_site_deeper
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_h10_half_precision_inputs_are_never_written_to(lab, site, dtype):
     model = site.every(lab)
@@ -196,7 +183,7 @@ def test_h11_an_edited_result_does_not_reach_the_cache(lab, site):
     assert torch.equal(lab.sample(spoiled), clean)
 
 
-@every_site
+@every_site_deeper
 def test_h12_h13_sizes_batches_and_steps_change_between_runs(lab, site):
     used = site.every(lab)
     for options in ({"size": (16, 16)}, {"size": (8, 24)}, {"batch": 3}, {"steps": 9}, {"batch": 1}):
@@ -212,7 +199,7 @@ def test_h14_two_clones_in_turns_equal_each_alone(lab, site):
         assert torch.equal(lab.sample(quick), alone[1])
 
 
-@every_site
+@every_site_deeper
 def test_h17_other_wrappers_and_replacements_are_still_called(lab, site):
     calls = {"function": 0, "block": 0}
 
@@ -254,85 +241,3 @@ def test_h18_a_run_inside_another_run(lab, site):
 
     assert torch.equal(lab.sample(outer_model, callback=between), alone[0])
     assert all(torch.equal(result, alone[1]) for result in inner) and len(inner) == 2
-
-
-DEPTHS = [Site("unet", "U-Net depth", "middle_block", depth=d) for d in range(4)]
-
-
-@pytest.mark.parametrize("site", [s for s in SITES if s.site != "U-Net depth"] + DEPTHS, ids=str)
-def test_a_fill_at_equal_input_reproduces_the_full_output(lab, site):
-    """DeepCache at any depth and Faster Diffusion bit for bit; a block stack's residual within rounding."""
-    differences, report = repeated(lab, site.every(lab, 2))
-    assert report["filled"] >= 12
-    filled = [d for d, e in zip(differences, report["trace"][1::2], strict=True) if e["action"] != "computed"]
-    assert len(filled) >= 5
-    assert max(filled) <= (0.0 if site.site != "block stack" else 5e-6)
-
-
-@pytest.mark.parametrize("cfg", [1.0, 3.0])
-def test_faster_diffusion_decodes_the_steps_between_two_keys_in_one_batch(lab, split, monkeypatch, cfg):
-    model = lab.fast(lab.unet, site="U-Net encoder")
-    with lab.calls(model) as together:
-        batched = lab.sample(model, cfg=cfg, steps=28)
-    report = lab.report(model)
-    conds = 1 if cfg == 1.0 else 2
-    assert report["filled"] >= 14 and max(together) >= 4 * conds
-    assert len(together) < report["computed"] + report["filled"] / 2  # far fewer runs than evaluations
-    split()
-    assert relative(lab.sample(model, cfg=cfg, steps=28), batched) < 1e-5
-    monkeypatch.setattr(Run, "certain_fills", lambda self, step: [])
-    with lab.calls(model) as one_by_one:
-        sequential = lab.sample(model, cfg=cfg, steps=28)
-    assert len(one_by_one) == conds * 28 and lab.report(model)["filled"] == report["filled"]
-    assert relative(sequential, batched) < 1e-5
-
-
-def test_prior_noise_adds_a_little_in_the_later_half(lab):
-    plain = lab.sample(lab.fast(lab.unet, site="U-Net encoder"), steps=28)
-    noisy = lab.sample(lab.fast(lab.unet, site="U-Net encoder", prior_noise=True), steps=28)
-    assert 1e-5 < relative(noisy, plain) < 0.05
-    latents = []
-    model = lab.fast(lab.unet, site="U-Net encoder", prior_noise=True)
-    lab.sample(model, steps=28, callback=lambda step, denoised, x, total: latents.append(x.clone()))
-    reference = []
-    lab.sample(
-        lab.fast(lab.unet, site="U-Net encoder"),
-        steps=28,
-        callback=lambda step, denoised, x, total: reference.append(x.clone()),
-    )
-    same = [torch.equal(a, b) for a, b in zip(latents, reference, strict=True)]
-    assert same[5] and not same[-1]  # only from half of the times on
-
-
-def test_a_layer_that_another_pack_replaced_is_noticed(lab):
-    """Not silent: a stack that is never reached computes everything and the node says so."""
-    model = site_model = lab.every(lab.lumina, site="block stack")
-    for key in list(site_model.object_patches):
-        model.add_object_patch(key, site_model.object_patches[key].original)
-    assert torch.equal(lab.sample(model), lab.sample(lab.lumina))
-    assert "was not reached" in lab.report(model)["note"]
-
-
-@pytest.mark.parametrize(
-    "site", [s for s in DEPTHS if s.depth < 3] + [s for s in SITES if "encoder" in s.site], ids=str
-)
-@pytest.mark.parametrize("pack", ["FreeU", "PatchModelAddDownscale"])
-def test_h17_patches_by_block_keep_their_blocks(lab, site, pack):
-    """FreeU and Deep Shrink act on some blocks' features by number: on skipped ones too, and a fill is still exact."""
-    from comfy_extras import nodes_freelunch, nodes_model_downscale
-
-    node = getattr(nodes_freelunch, pack, None) or getattr(nodes_model_downscale, pack)
-    values = (1.3, 1.4, 0.9, 0.2) if pack == "FreeU" else (2, 2.0, 0.0, 0.5, True, "bicubic", "bicubic")
-    patch = getattr(node, "execute", None) or node().patch
-
-    def patched(model):
-        out = patch(model, *values)
-        return (out.result if hasattr(out, "result") else out)[0]
-
-    base, model = patched(lab.unet), patched(site.every(lab, 2))
-    plain = lab.sample(base)
-    assert relative(plain, lab.sample(lab.unet)) > 1e-3  # the patch does something
-    assert relative(lab.sample(model), plain) < 0.2 and lab.report(model)["filled"] >= 5
-    differences, report = repeated(lab, model)
-    filled = [d for d, e in zip(differences, report["trace"][1::2], strict=True) if e["action"] != "computed"]
-    assert len(filled) >= 5 and max(filled) == 0.0

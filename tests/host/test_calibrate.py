@@ -8,7 +8,7 @@ import comfy.samplers
 import folder_paths
 import pytest
 import torch
-from sampling import relative
+from sampling import SIZE, relative
 from slipstream.demo import emoji
 from slipstream.engine.calibration.profile import Profile
 from slipstream.engine.calibration.search import uniform
@@ -188,8 +188,8 @@ def test_expected_drift_and_error_are_those_of_another_prompt(lab, folder, name)
 @pytest.mark.parametrize("name", ["flux", "trained_unet"])
 def test_with_a_negative_prompt_a_mask_and_a_batch(lab, folder, name):
     base, latent = taylor(getattr(lab, name)), lab.latent(getattr(lab, name), 2)
-    mask = torch.zeros(1, 1, 16, 16)
-    mask[..., 4:] = 1.0
+    mask = torch.zeros(1, 1, *SIZE)
+    mask[..., 2:] = 1.0
     wish = Wish(check=2)
     guided = dataclasses.replace(job(lab, base, cfg=3.0), latent={"samples": latent, "noise_mask": mask})
     with torch.inference_mode():
@@ -332,8 +332,8 @@ def test_h12_to_h15_profiles_between_runs(lab, folder):
 def test_h44_h47_h48_profiles_with_late_starts_masks_and_halves(lab, folder, split):
     profiles.save("mine", calibrated(lab, taylor(lab.flux)))
     used, latent = with_profile(lab.flux, "mine.safetensors"), lab.sample(lab.flux, seed=5)
-    mask = torch.zeros(1, 1, 16, 16)
-    mask[..., 4:12, 4:12] = 1.0
+    mask = torch.zeros(1, 1, *SIZE)
+    mask[..., 2:6, 2:6] = 1.0
     kept = mask.expand_as(latent) == 0
     result = lab.sample(used, steps=28, latent=latent, noise_mask=mask)
     assert torch.equal(result[kept], lab.sample(lab.flux, steps=28, latent=latent, noise_mask=mask)[kept])

@@ -10,7 +10,7 @@ import comfy.samplers
 import comfy.weight_adapter
 import pytest
 import torch
-from sampling import relative
+from sampling import SIZE, relative
 from slipstream.demo import emoji
 from slipstream.engine.errors import SlipstreamError
 from slipstream.engine.metrics import psnr
@@ -121,7 +121,7 @@ def test_measured_layers_are_nearer_than_data_free_ones(lab, record_property):
 
 def custom(model, guider, steps=6, sampler="heun"):
     sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", steps)
-    noise = torch.randn(1, 16, 16, 16, generator=torch.Generator().manual_seed(2))
+    noise = torch.randn(1, 16, *SIZE, generator=torch.Generator().manual_seed(2))
     sampler = comfy.samplers.sampler_object(sampler)
     with torch.inference_mode():
         return guider.sample(noise, torch.zeros_like(noise), sampler, sigmas, disable_pbar=True, seed=2)
@@ -216,7 +216,7 @@ def test_runs_that_cannot_be_measured(lab, caplog):
     model = quantise(lab.flux, wish("odd"))
     guider = comfy.samplers.CFGGuider(model)
     guider.set_conds(emoji.conditioning("hamburger"), emoji.conditioning(""))
-    noise = torch.randn(1, 16, 16, 16, generator=torch.Generator().manual_seed(2))
+    noise = torch.randn(1, 16, *SIZE, generator=torch.Generator().manual_seed(2))
 
     def run(*sigmas):
         with torch.inference_mode():

@@ -18,22 +18,15 @@ from slipstream.engine.metrics import psnr
 
 from lab import workflow
 from lab.client import Client, PromptRefused
-from lab.server import ROOT, Server
+from lab.server import ROOT
 
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
 DEMOS = [path for path in WORKFLOWS if path.stem.endswith("_demo")]
 
 
 @pytest.fixture(scope="module")
-def running(tmp_path_factory):
-    server = Server(tmp_path_factory.mktemp("server") / "log.txt")
-    with server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def server(running):
-    return running.url
+def server(comfy):
+    return comfy.url
 
 
 def talk(url, conversation):
@@ -243,8 +236,8 @@ def test_two_samplers_in_one_prompt(server, prompt):
     assert len(finished) == 2 and all(f["filled"] >= 2 for f in finished)
 
 
-def test_lora_loader_before_and_after(running, server, prompt, tmp_path):
-    folder = running.base / "models" / "loras"
+def test_lora_loader_before_and_after(comfy, server, prompt, tmp_path):
+    folder = comfy.base / "models" / "loras"
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(2)
     layer = "diffusion_model.double_blocks.0.img_mlp.0"
@@ -333,10 +326,10 @@ def test_help_pages_and_templates_are_served(server):
     assert set(templates["ComfyUI-Slipstream"]) == {Path(p).stem for p in WORKFLOWS}
 
 
-def test_a_picture_brings_the_profile_it_was_made_with(running, server, tmp_path):
+def test_a_picture_brings_the_profile_it_was_made_with(comfy, server, tmp_path):
     """Calibrate, sample, save the picture, delete the profile, and queue the workflow from the picture's metadata."""
     name = f"picture test {tmp_path.name}.safetensors"
-    file = running.base / "models" / "slipstream_profiles" / name
+    file = comfy.base / "models" / "slipstream_profiles" / name
     graph = json.loads((ROOT / "workflows" / "slipstream_demo.json").read_text())
     next(n for n in graph["nodes"] if n["type"] == "SlipstreamCacheLoader")["widgets_values"][12] = name
     next(n for n in graph["nodes"] if n["type"] == "SlipstreamTaylorPredictor")["widgets_values"][1] = 1

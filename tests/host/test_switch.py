@@ -81,7 +81,7 @@ def chain(lab, parts, steps=10, **options):
 # Exact
 
 
-@pytest.mark.parametrize("sampler", comfy.samplers.KSampler.SAMPLERS)
+@scenes.every_sampler(comfy.samplers.KSampler.SAMPLERS)
 def test_h73_a_twin_is_bit_identical(lab, twin, sampler):
     """Every sampler of the host, with both models really called; those that add noise and those with a memory too."""
     plain = lab.sample(lab.unet, sampler=sampler, cfg=3.0, **SMALL)

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
-from sampling import relative
+from sampling import SIZE, relative
 from slipstream.engine.errors import SlipstreamError
 from slipstream.engine.families import UNKNOWN
 from slipstream.engine.run.plan import CacheConfig, Plan, PredictorConfig
@@ -67,13 +67,13 @@ def test_img2img_and_batches(lab, name, batch):
 def test_inpainting_keeps_the_unmasked_region_exact(lab, name):
     model = lab.every(getattr(lab, name))
     latent = lab.sample(getattr(lab, name), seed=9)
-    mask = torch.zeros(1, 1, 16, 16)
-    mask[..., :8] = 1.0
+    mask = torch.zeros(1, 1, *SIZE)
+    mask[..., :4] = 1.0
     result = lab.sample(model, latent=latent, noise_mask=mask)
     assert lab.report(model)["filled"] >= 8
     plain = lab.sample(getattr(lab, name), latent=latent, noise_mask=mask)
-    assert torch.equal(result[..., 8:], plain[..., 8:])
-    assert not torch.equal(result[..., :8], latent[..., :8])
+    assert torch.equal(result[..., 4:], plain[..., 4:])
+    assert not torch.equal(result[..., :4], latent[..., :4])
 
 
 def test_the_site_is_found_by_looking(lab):

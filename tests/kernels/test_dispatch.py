@@ -16,7 +16,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path.append(str(ROOT))  # behind the host, whose module `nodes` our folder would hide
 from lab.boot import import_pack  # noqa: E402
 
 import_pack()

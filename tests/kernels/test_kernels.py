@@ -17,7 +17,7 @@ import torch
 
 HERE = Path(__file__).parent
 TABLE = HERE / "registers.json"
-sys.path.insert(0, str(HERE.parents[1]))
+sys.path.append(str(HERE.parents[1]))  # behind the host, whose module `nodes` our folder would hide
 from lab.boot import import_pack  # noqa: E402
 
 import_pack()
