@@ -3,6 +3,7 @@
 
     python dev.py demo                      sample with and without Slipstream, write demo/out
     python dev.py test [--all] [pytest arguments]   lint and all tests, against the real host; --all: the long ones too
+    python dev.py lint                              the lint alone: ruff, and the types of engine, quant and kernels
     python dev.py bench NAME                write bench/out/NAME.json
     python dev.py card --out DIR            what a graphics card can tell in ten minutes; --dry without one
     python dev.py serve                     start ComfyUI with the pack and the demo nodes
@@ -51,7 +52,7 @@ class Stop(Exception):
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = {"demo": demo, "test": test, "bench": bench, "card": card, "serve": serve}
+    commands = {"demo": demo, "test": test, "lint": lint, "bench": bench, "card": card, "serve": serve}
     parser.add_argument("command", choices=[*commands, "host", "hosts"])
     parser.add_argument("--path", default=os.environ.get("COMFYUI_PATH"), help="a ComfyUI checkout to use instead")
     options, rest = parser.parse_known_args(argv)
@@ -81,10 +82,7 @@ def test(environment: Environment, rest: list[str]) -> int:
     parser.add_argument("--matrix-outcomes", nargs=1)
     known, rest = parser.parse_known_args(rest)
     if not rest:
-        for check in (["check", "."], ["format", "--check", "."]):
-            if environment.python("-m", "ruff", *check, "-q"):
-                return 1
-        if check_types(environment):
+        if lint(environment, []):
             return 1
         # One worker per file: files share a loaded model or a server among their tests. In the order of their names:
         # by their number of tests, the slow ones, which have few, would come last and leave a worker without work.
@@ -95,6 +93,13 @@ def test(environment: Environment, rest: list[str]) -> int:
         rest += [f"{name}={Path(value[0]).resolve()}"] if value else []
     find_browser()
     return environment.python("-m", "pytest", *rest)
+
+
+def lint(environment: Environment, rest: list[str]) -> int:
+    for check in (["check", "."], ["format", "--check", "."]):
+        if environment.python("-m", "ruff", *check, "-q"):
+            return 1
+    return check_types(environment)
 
 
 def check_types(environment: Environment) -> int:

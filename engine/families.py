@@ -10,6 +10,7 @@ family is looked up by the names in its row.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +80,7 @@ def _two(double: str = "double_blocks", single: str = "single_blocks") -> tuple[
     return Stack(double, "double_block"), Stack(single, "single_block", joint=True)
 
 
-def _one(path: str, key: str | None = "double_block", **facts) -> tuple[Stack, ...]:
+def _one(path: str, key: str | None = "double_block", **facts: Any) -> tuple[Stack, ...]:
     return (Stack(path, key, **facts),)
 
 

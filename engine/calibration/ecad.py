@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,16 +78,16 @@ def evolve(
     blocks = len(sizes)
     seen: dict[bytes, Genome] = {}
 
-    def table_of(bits) -> Tensor:
+    def table_of(bits: Any) -> Tensor:
         inner = torch.from_numpy(np.ascontiguousarray(bits, dtype=np.uint8)).reshape(steps - 2, blocks)
         full = torch.ones(1, blocks, dtype=torch.uint8)
         return torch.cat([full, inner, full])
 
     class Search(ElementwiseProblem):
-        def __init__(self):
+        def __init__(self) -> None:
             super().__init__(n_var=(steps - 2) * blocks, n_obj=2, xl=0, xu=1, vtype=bool)
 
-        def _evaluate(self, bits, out, *args, **kwargs):
+        def _evaluate(self, bits: Any, out: dict, *args: Any, **kwargs: Any) -> None:
             key = np.packbits(bits.astype(bool)).tobytes()
             if key not in seen:
                 table = table_of(bits)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 
 def active_conditioning(conds: Sequence[Sequence[dict] | None], sigma: float) -> tuple:
@@ -27,7 +28,7 @@ def active_conditioning(conds: Sequence[Sequence[dict] | None], sigma: float) ->
     return tuple(active)
 
 
-def _hooked(hooks, sigma: float) -> tuple:
+def _hooked(hooks: Any, sigma: float) -> tuple:
     """What the hooks of a conditioning do at sigma: (keyframes reached, strength in force) of each."""
     found = []
     for hook in getattr(hooks, "hooks", ()):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
@@ -34,8 +35,8 @@ class Run:
         self.note = note or decide.why_nothing(given)
         self.level: str | None = None if self.recipe.level == MODEL_OUTPUT else self.recipe.level
         self.form: type | None = None  # list or tuple where the model returns several tensors
-        self.inner = None  # the block or U-Net site, where the plan asks for one
-        self.compensator = None
+        self.inner: Any = None  # the block or U-Net site, where the plan asks for one
+        self.compensator: Any = None
         self.trace = Trace(self.clock.steps)
         self.streams = Streams(given)
         self.evaluations: list[Evaluation] = []

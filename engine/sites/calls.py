@@ -96,17 +96,17 @@ class PatchedForward:
         self.name = name
         self.original = original
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = CURRENT.get()
         if call is None:
             return self.original(*args, **kwargs)
         return call.layer(self.name, self.original, args, kwargs)
 
-    def __deepcopy__(self, memo) -> PatchedForward:
+    def __deepcopy__(self, memo: dict) -> PatchedForward:
         return self  # nothing in it may be copied: a copy of the bound forward would drag the model along
 
 
-def own_forwards(patcher, clone) -> None:
+def own_forwards(patcher: Any, clone: Any) -> None:
     """ON_CLONE: where the clone has another network, for another card or a static load, its layers run, not ours.
 
     What another pack has put there stays: only that pack knows how it follows a network.

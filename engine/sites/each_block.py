@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
+from ..families import Architecture
 from ..forecast.history import parts_of
-from .calls import Call, Keys, Parts, split
+from .calls import Asked, Call, Keys, Parts, split
 from .stack import BlockSite
 from .streams import read, read_second, result, result_second, stand_in
 
@@ -20,8 +21,8 @@ from .streams import read, read_second, result, result_second, stand_in
 class EachSite(BlockSite):
     """The blocks of one run, each skipped by itself."""
 
-    def __init__(self, *args):
-        super().__init__(*args)
+    def __init__(self, run: Asked, network: torch.nn.Module, row: Architecture, first: int, level: str):
+        super().__init__(run, network, row, first, level)
         self.textless: set[int] = set()  # blocks that return no text: they read it only, or none is needed after them
 
     def call(self, keys: Keys) -> Call:
@@ -81,6 +82,6 @@ class EachCall:
         return added if [r.shape for r in added] == [t.shape for t in given] else None
 
 
-def _tensors(value) -> Parts:
+def _tensors(value: Any) -> Parts:
     """The tensors of a stream that may not be there."""
     return () if value is None else parts_of(value)

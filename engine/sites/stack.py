@@ -56,7 +56,7 @@ def block_sizes(network: torch.nn.Module, row: Architecture) -> list[int]:
     ]
 
 
-def patched_forwards(patcher, network: torch.nn.Module, row: Architecture) -> dict[str, PatchedForward]:
+def patched_forwards(patcher: Any, network: torch.nn.Module, row: Architecture) -> dict[str, PatchedForward]:
     """Object patches for the stacks that the host cannot replace blocks of: {patcher key: forward}."""
     patches = {}
     for stack in row.stacks:
@@ -102,7 +102,7 @@ class _Replacement:
         self.inner = inner
 
     def __call__(self, args: dict, extra: dict) -> dict:
-        def compute(*_, **__):
+        def compute(*_: Any, **__: Any) -> dict:
             return extra["original_block"](args) if self.inner is None else self.inner(args, extra)
 
         call = CURRENT.get()

@@ -38,7 +38,7 @@ def _layers(network: Any) -> list[tuple[tuple, str]]:
     return found
 
 
-def patched_forwards(patcher, network: torch.nn.Module, row: Architecture) -> dict[str, PatchedForward]:
+def patched_forwards(patcher: Any, network: torch.nn.Module, row: Architecture) -> dict[str, PatchedForward]:
     """Object patches for all layers of a U-Net: {patcher key: forward}."""
     patches = {}
     for name, path in _layers(network):
@@ -77,7 +77,7 @@ def _placeholder(original: Callable, x: Tensor) -> Tensor:
 def own_control(args: tuple, kwargs: dict) -> tuple[tuple, dict, dict | None]:
     """The forward's arguments with a private copy of the ControlNet lists, which the host pops entries from."""
 
-    def is_control(value) -> bool:
+    def is_control(value: Any) -> bool:
         return isinstance(value, dict) and "sigmas" not in value and isinstance(value.get("output"), list)
 
     for i, value in enumerate(args):
@@ -186,7 +186,7 @@ class EncoderCall:
         return output
 
 
-def decode_ahead(call: EncoderCall, executor, args: tuple, kwargs: dict, options: dict) -> Tensor | None:
+def decode_ahead(call: EncoderCall, executor: Callable, args: tuple, kwargs: dict, options: dict) -> Tensor | None:
     """The output of a filled evaluation, decoded in one batch with those that are certain to be filled after it.
 
     args, kwargs: of the network's forward, x and the timesteps [rows] first. None where this evaluation is not a matter
@@ -224,7 +224,7 @@ def decode_ahead(call: EncoderCall, executor, args: tuple, kwargs: dict, options
     return output if run.mark_filled(call.keys) else None
 
 
-def _repeat(value, rows: int, times: int):
+def _repeat(value: Any, rows: int, times: int) -> Any:
     if torch.is_tensor(value) and value.ndim and value.shape[0] == rows:
         return value.repeat(times, *[1] * (value.ndim - 1))
     return value
