@@ -17,7 +17,7 @@ NODES = {
     "taylor_predictor": "TaylorPredictor",
     "report": "Report",
     "calibrate": "Calibrate",
-    "w4a4_quantize": "W4A4Quantize",
+    "w4a4_quantise": "W4A4Quantise",
     "save_quantised": "SaveQuantisedModel",
     "load_quantised": "LoadQuantisedModel",
     "quantise_file": "QuantiseFile",
