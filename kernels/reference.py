@@ -247,7 +247,7 @@ def finish(total: Tensor, x: Tensor, down: Tensor | None, up: Tensor | None, bia
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
-def nvfp4_quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+def nvfp4_quantise(x: Tensor) -> tuple[Tensor, Tensor]:
     """Quantise every 16 channels of every row to e2m1 with an e4m3 scale (NVFP4 without the scale of the tensor).
 
     scale = min(max |x| / 6, 448) in float8_e4m3fn (zero for blocks too small for it); code = the e2m1 number nearest
@@ -267,7 +267,7 @@ def nvfp4_quantize(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def nvfp4_values(packed: Tensor, scales: Tensor) -> Tensor:
-    """What `nvfp4_quantize` kept, float32 (M, K)."""
+    """What `nvfp4_quantise` kept, float32 (M, K)."""
     values = torch.tensor([*E2M1, *(-v for v in E2M1)], device=packed.device)
     codes = unpack_int4(packed, unsigned=True).long()
     return (values[codes].view(*scales.shape, 16) * scales.float()[..., None]).view(codes.shape)
@@ -287,12 +287,12 @@ def nvfp4_linear(
 ) -> Tensor:
     """y = (q(rotate(x / smooth)) @ w^T) channel_scale + (x proj_down) proj_up^T + bias, both sides NVFP4.
 
-    x: (..., K) float; packed: int8 (N, K/2) and block_scale: float8_e4m3fn (N, K/16) of `nvfp4_quantize`, of the weight
+    x: (..., K) float; packed: int8 (N, K/2) and block_scale: float8_e4m3fn (N, K/16) of `nvfp4_quantise`, of the weight
     divided by channel_scale: float32 (N,), which keeps the scales in the range of e4m3. The rest as in `w4a4_linear`.
     """
     k = 2 * packed.shape[1]
     if x.shape[-1] != k:
         raise ValueError(f"the layer takes {k} channels, the input has {x.shape[-1]}")
     main = main_input(x.reshape(-1, k), smooth, rotation=rotation)
-    total = nvfp4_values(*nvfp4_quantize(main)) @ nvfp4_values(packed, block_scale).T * channel_scale.float()
+    total = nvfp4_values(*nvfp4_quantise(main)) @ nvfp4_values(packed, block_scale).T * channel_scale.float()
     return finish(total, x, proj_down, proj_up, bias)

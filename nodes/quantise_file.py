@@ -11,7 +11,7 @@ from ..host.quantise.choose import QuantWish
 from ..host.quantise.load import names
 from ..host.quantise.save import quantise_file
 from .schema import schema, widget
-from .w4a4_quantize import BITS, wish_widgets
+from .w4a4_quantise import BITS, wish_widgets
 
 
 class QuantiseFile(io.ComfyNode):

@@ -59,7 +59,7 @@ LARGE_HEAD = """
 ## Time and memory
 
 Layers of {n} x {k} and of {m} x {m}, {threads} thread(s) on a shared machine. The methods are those of METHODS in
-`quant/layer.py`; the calibrated ones try seven smooth factors on 128 of 512 rows, GPTQ has the Hessian of 1024. Peak:
+`lab/methods.py`; the calibrated ones try seven smooth factors on 128 of 512 rows, GPTQ has the Hessian of 1024. Peak:
 what the process held at most beyond what it held before, so without the weight itself ({weight:.0f} MB of the larger
 one in bfloat16) and the statistics; 0 where memory left over from the method before was enough.
 

@@ -21,7 +21,7 @@ sys.path.append(str(HERE.parents[1]))  # behind the host, whose module `nodes` o
 from lab.boot import import_pack  # noqa: E402
 
 import_pack()
-from slipstream.kernels.reference import E2M1, integer_dot, nvfp4_quantize, nvfp4_values, pack_int4  # noqa: E402
+from slipstream.kernels.reference import E2M1, integer_dot, nvfp4_quantise, nvfp4_values, pack_int4  # noqa: E402
 
 if importlib.util.find_spec("triton"):
     import triton
@@ -93,16 +93,16 @@ def test_nvfp4_takes_the_nearest_number_and_the_even_code_of_two():
     """Against all eight magnitudes, on a grid that holds every tie."""
     x = torch.zeros(25, 16)
     x[:, 0], x[:, 1] = 6.0, torch.arange(25) / 4  # the scale is one
-    packed, scales = nvfp4_quantize(-x)
+    packed, scales = nvfp4_quantise(-x)
     assert torch.equal(scales.float(), torch.ones(25, 1))
     for value, kept in zip(x[:, 1].tolist(), nvfp4_values(packed, scales)[:, 1].tolist(), strict=True):
         nearest = min(abs(e - value) for e in E2M1)
         ties = [i for i, e in enumerate(E2M1) if abs(e - value) == nearest]
         assert -kept == E2M1[next(i for i in ties if len(ties) == 1 or i % 2 == 0)]
     x = torch.randn(4, 64, generator=torch.Generator().manual_seed(2)) * 10.0 ** torch.arange(-1, 3)[:, None]
-    back = nvfp4_values(*nvfp4_quantize(x))
+    back = nvfp4_values(*nvfp4_quantise(x))
     assert ((back - x).norm(dim=1) / x.norm(dim=1)).max() < 0.12
-    assert not nvfp4_values(*nvfp4_quantize(torch.zeros(1, 16))).any()
+    assert not nvfp4_values(*nvfp4_quantise(torch.zeros(1, 16))).any()
 
 
 def fragments(words: torch.Tensor, rows: int) -> torch.Tensor:

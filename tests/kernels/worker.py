@@ -74,7 +74,7 @@ def interpret() -> dict[str, float]:
         GELU_SHIFT,
         hadamard,
         nvfp4_linear,
-        nvfp4_quantize,
+        nvfp4_quantise,
         quantise_activations,
         unpack_int4,
     )  # fmt: skip
@@ -138,7 +138,7 @@ def interpret() -> dict[str, float]:
     assert dispatch.running()[-1].name == "int8_triton"
     for rotation, rank in ((0, 0), (0, 48), (256, 16)):
         layer, k = a_layer(rank=rank, k=256 if rotation else K), 256 if rotation else K
-        x, parts = normal(M, k), (*nvfp4_quantize(normal(N, k, seed=7)), normal(N, seed=8).abs())
+        x, parts = normal(M, k), (*nvfp4_quantise(normal(N, k, seed=7)), normal(N, seed=8).abs())
         parts += (layer.proj_down, layer.proj_up, layer.smooth, layer.bias)
         got = nvfp4.linear(x, *parts, rotation=rotation, tile=Tile(32, 64, 4, 2))
         want = nvfp4_linear(x, *parts, rotation=rotation)

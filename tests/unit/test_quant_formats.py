@@ -19,10 +19,10 @@ from slipstream.kernels.reference import (
     w4a4_linear,
 )
 from slipstream.quant.calibration import ActivationStatistics
-from slipstream.quant.formats import GROUPS
-from slipstream.quant.layer import Spec, quantise_linear, quantise_split
+from slipstream.quant.formats import FORMATS, GROUPS, LONGEST
+from slipstream.quant.layer import Spec, quantise_linear, quantise_split, spec_for
 from slipstream.quant.linear import W4A4Linear
-from slipstream.quant.packed import QuantisedLinear, QuantisedSplit, json_tensor, read_layer
+from slipstream.quant.packed import QuantisedLinear, QuantisedSplit, description_of, json_tensor, read_layer
 
 from lab.methods import METHODS
 
@@ -138,6 +138,30 @@ def test_the_names_on_disk_are_the_documented_ones():
         "convrot_groupsize": 256,
         "orig_dtype": "torch.float32",
     }
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_format_as_it_is_used_says_all_that_a_reader_needs_in_the_room_that_is_kept(name):
+    """`spec_for` is what shipped code takes, with a branch and rotation where the format has a place for them."""
+    row = FORMATS[name]
+    assert row.fits(256) and (row.careful or name) in FORMATS and row.words
+    for after_gelu, rotated in ((False, True), (True, False)):
+        spec = spec_for(name, (48, 256), 16, after_gelu=after_gelu, rotated=rotated)
+        layer = layer_of(spec, dtype=torch.bfloat16)
+        assert layer.format == name and (layer.rank == 16) == row.branch
+        assert layer.nbytes <= row.nbytes(48, 256, 16)
+        assert len(json.dumps(layer.description())) <= len(json.dumps(LONGEST))
+        again = read_layer("P", layer.state_dict("P"))
+        assert again.description() == layer.description() and torch.equal(again.codes(), layer.codes())
+        assert torch.equal(row.unpack(row.pack(layer.codes())), layer.codes())
+
+
+def test_no_two_formats_read_one_description():
+    for name, row in FORMATS.items():
+        stored = layer_of(spec_for(name, (48, 256), 16)).state_dict("P")
+        found = description_of("P", stored)
+        fields = [other.read("P", found, stored) for other in FORMATS.values() if other.disk != row.disk]
+        assert not any(fields)
 
 
 def test_rotated_groups_are_not_sold_as_svdquant():

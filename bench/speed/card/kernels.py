@@ -253,7 +253,7 @@ def fp4(device, m: int, n: int, k: int) -> dict:
     no instruction for them."""
     import torch
     from slipstream.kernels.implementations import triton_version
-    from slipstream.kernels.reference import nvfp4_quantize, nvfp4_values
+    from slipstream.kernels.reference import nvfp4_quantise, nvfp4_values
 
     native = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in (10, 12)
     row = {"name": "K3" if native else "K3, by its codes' numbers", "format": "NVFP4", "sizes": "aligned"}
@@ -261,7 +261,7 @@ def fp4(device, m: int, n: int, k: int) -> dict:
         return {**row, "not there": "Triton 3.6"}
     half = {"device": device, "dtype": torch.bfloat16}
     x, down, up = torch.randn(m, k, **half), torch.randn(k, 32, **half) / k**0.5, torch.randn(n, 32, **half)
-    packed, scales = nvfp4_quantize(torch.randn(n, k, **half))
+    packed, scales = nvfp4_quantise(torch.randn(n, k, **half))
     channel = torch.rand(n, device=device) / 10 + 0.1
     try:
         from slipstream.kernels.gemm import Tile
@@ -269,7 +269,7 @@ def fp4(device, m: int, n: int, k: int) -> dict:
 
         tile = TILE if native else Tile(32, 64, 4, 2)
         got = linear(x, packed, scales, channel, down, up, tile=tile, by_numbers=not native).double()
-        true = nvfp4_values(*nvfp4_quantize(x)).double() @ nvfp4_values(packed, scales).double().T * channel.double()
+        true = nvfp4_values(*nvfp4_quantise(x)).double() @ nvfp4_values(packed, scales).double().T * channel.double()
         true += x.double() @ down.double() @ up.double().T
         return {**row, "error": float((got - true).norm() / true.norm())}
     except Exception as error:

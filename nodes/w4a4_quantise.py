@@ -52,7 +52,7 @@ def wish_widgets(calibrations: list[str], where: str) -> list:
     ]  # fmt: skip
 
 
-class W4A4Quantize(io.ComfyNode):
+class W4A4Quantise(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
