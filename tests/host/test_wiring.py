@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
-from sampling import SIZE, relative
+from sampling import SIZE, TRAINED, relative
 from slipstream.engine.errors import SlipstreamError
 from slipstream.engine.families import UNKNOWN
 from slipstream.engine.run.plan import CacheConfig, Plan, PredictorConfig
@@ -88,13 +88,14 @@ def test_the_site_is_found_by_looking(lab):
 
 def test_forecasts_beat_reuse_and_fewer_steps(lab):
     """The product's claim in small: nearer to the full run than reuse, and than fewer steps at no fewer evaluations."""
-    plain = lab.sample(lab.flux, steps=28)
+    options = {"steps": 28, "size": TRAINED}
+    plain = lab.sample(lab.flux, **options)
     forecast, reuse = lab.fast(lab.flux, node="1"), lab.fast(lab.flux, predictor="Reuse", node="2", drift_budget=0.1)
-    error = relative(lab.sample(forecast, steps=28), plain)
+    error = relative(lab.sample(forecast, **options), plain)
     computed = lab.report(forecast)["computed"]
     assert computed <= 14
-    assert error < 0.6 * relative(lab.sample(lab.flux, steps=computed), plain)
-    assert error < 0.6 * relative(lab.sample(reuse, steps=28), plain)
+    assert error < 0.6 * relative(lab.sample(lab.flux, steps=computed, size=TRAINED), plain)
+    assert error < 0.6 * relative(lab.sample(reuse, **options), plain)
 
 
 def test_accumulated_change_skips(lab):
