@@ -14,7 +14,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,9 +24,58 @@ from ..kernels.linear import linear
 from ..kernels.reference import pack_int4, unpack_int4
 from .rotate import SIZES, rotation_size
 
-if TYPE_CHECKING:
-    from .layer import Made, Work
-    from .packed import QuantisedLinear
+Made = TypeVar("Made", covariant=True)
+
+
+class Work(Protocol[Made]):
+    """What a format asks when a layer is made, see `layer.Work`: codes in groups, or one scale per row."""
+
+    def grouped(self) -> Made: ...
+
+    def per_row(self) -> Made: ...
+
+
+class Stored(Protocol):
+    """What a format reads of a layer, see `packed.QuantisedLinear`."""
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def weight(self) -> Tensor: ...
+
+    @property
+    def weight_scale(self) -> Tensor: ...
+
+    @property
+    def proj_down(self) -> Tensor | None: ...
+
+    @property
+    def proj_up(self) -> Tensor | None: ...
+
+    @property
+    def smooth(self) -> Tensor | None: ...
+
+    @property
+    def bias(self) -> Tensor | None: ...
+
+    @property
+    def group_size(self) -> int: ...
+
+    @property
+    def act_unsigned(self) -> bool: ...
+
+    @property
+    def rotation(self) -> int: ...
+
+    @property
+    def rank(self) -> int: ...
+
+    def codes(self) -> Tensor: ...
+
 
 GROUP_SIZE = 64  # one k-step of the 4-bit tensor core instruction, and the only size that SVDQuant files have
 DTYPES = {"torch.bfloat16": torch.bfloat16, "torch.float16": torch.float16, "torch.float32": torch.float32}
@@ -86,7 +135,7 @@ class Format(ABC):
         """The stored form of scales (N, G), one per row and group."""
 
     @abstractmethod
-    def main_weight(self, layer: QuantisedLinear) -> Tensor:
+    def main_weight(self, layer: Stored) -> Tensor:
         """What the main path multiplies rotate((x + shift) / smooth) by: codes times scales, float32 (N, K)."""
 
     @abstractmethod
@@ -96,7 +145,7 @@ class Format(ABC):
     # What a file says of it
 
     @abstractmethod
-    def description(self, layer: QuantisedLinear) -> dict[str, object]:
+    def description(self, layer: Stored) -> dict[str, object]:
         """The JSON of `comfy_quant`: what a reader needs beside the tensors; no longer than LONGEST."""
 
     @abstractmethod
@@ -129,12 +178,12 @@ class Format(ABC):
         """The fields of `layer.Spec` for a layer of N x K; rotated: whether a rotation is wanted where there may be."""
 
     @abstractmethod
-    def quantise(self, work: Work) -> Made:
+    def quantise(self, work: Work[Made]) -> Made:
         """Codes, scales and what belongs to them."""
 
     # What it computes
 
-    def operands(self, layer: QuantisedLinear, share: tuple[Hashable, int] | None = None) -> Layer:
+    def operands(self, layer: Stored, share: tuple[Hashable, int] | None = None) -> Layer:
         """The layer as kernels take it."""
         return Layer(
             layer.weight, layer.weight_scale, layer.proj_down, layer.proj_up, layer.smooth, layer.bias,
@@ -143,7 +192,7 @@ class Format(ABC):
         )  # fmt: skip
 
     def compute(
-        self, layer: QuantisedLinear, x: Tensor, share: tuple[Hashable, int] | None = None, kernel: str | None = None
+        self, layer: Stored, x: Tensor, share: tuple[Hashable, int] | None = None, kernel: str | None = None
     ) -> Tensor:
         """The layer's output (..., N) in x's dtype; see `QuantisedLinear.__call__`."""
         return linear(x, self.operands(layer, share), kernel)
@@ -167,14 +216,14 @@ class GroupFormat(Format):
     def stored_scale(self, scales: Tensor) -> Tensor:
         return scales.T
 
-    def main_weight(self, layer: QuantisedLinear) -> Tensor:
+    def main_weight(self, layer: Stored) -> Tensor:
         groups = layer.codes().float().view(layer.shape[0], -1, layer.group_size)
         return groups.mul_(layer.weight_scale.float().T[..., None]).view(layer.shape)
 
     def nbytes(self, n: int, k: int, rank: int) -> int:
         return n * k // 2 + 2 * (n * (k // GROUP_SIZE) + rank * (n + k) + k + n)
 
-    def description(self, layer: QuantisedLinear) -> dict[str, object]:
+    def description(self, layer: Stored) -> dict[str, object]:
         found: dict[str, object] = {
             "format": self.disk_rotated if layer.rotation else self.disk,
             "group_size": layer.group_size,
@@ -216,7 +265,7 @@ class GroupFormat(Format):
         unsigned = after_gelu and not rotated
         return {"rank": min(rank, n, k), "rotation": rotation, "smooth": smooth, "act_unsigned": unsigned}
 
-    def quantise(self, work: Work) -> Made:
+    def quantise(self, work: Work[Made]) -> Made:
         return work.grouped()
 
 
@@ -240,13 +289,13 @@ class RowFormat(Format):
     def stored_scale(self, scales: Tensor) -> Tensor:
         return scales if self.weight_bits == 8 else scales.flatten()
 
-    def main_weight(self, layer: QuantisedLinear) -> Tensor:
+    def main_weight(self, layer: Stored) -> Tensor:
         return layer.codes().float().mul_(layer.weight_scale.float().reshape(-1, 1))
 
     def nbytes(self, n: int, k: int, rank: int) -> int:
         return n * k * self.weight_bits // 8 + 8 * n
 
-    def description(self, layer: QuantisedLinear) -> dict[str, object]:
+    def description(self, layer: Stored) -> dict[str, object]:
         found: dict[str, object] = {"format": self.disk, **dict.fromkeys(self.marks, True)}
         if self.rotates:
             found["convrot_groupsize"] = layer.rotation
@@ -280,7 +329,7 @@ class RowFormat(Format):
         # a group size that divides K, which scales per row do not depend on
         return {"smooth": "none", "scale_search": False, "group_size": rotation_size(k) or 1}
 
-    def quantise(self, work: Work) -> Made:
+    def quantise(self, work: Work[Made]) -> Made:
         return work.per_row()
 
 
