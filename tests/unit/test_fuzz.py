@@ -103,7 +103,7 @@ def test_a_sentence_stays_one_short_line():
         ("TaylorPredictor", {"order": None}, "Taylor Predictor: order is None, but it must be a whole number from"),
         ("HybridSwitch", {"cfg_b": math.inf}, "Hybrid Model Switch: cfg_b is inf, but it must be a number"),
         ("Calibrate", {"name": 7}, "Calibrate: name is 7, but it must be text"),
-        ("W4A4Quantize", {"activations": "2 bit"}, "activations is '2 bit', but it must be one of 4 bit, 8 bit"),
+        ("W4A4Quantise", {"activations": "2 bit"}, "activations is '2 bit', but it must be one of 4 bit, 8 bit"),
     ],
 )
 def test_what_no_widget_gives_is_refused_when_the_node_runs(node, values, sentence):
