@@ -157,16 +157,17 @@ def test_max_drift_computes_as_few_steps_as_keep_within_it(lab, folder):
 
 
 def test_the_schedule_that_wins_was_sampled_and_is_the_nearest(lab, folder):
-    profile = calibrated(lab, taylor(lab.flux), check=4, runs=2)
+    profile = calibrated(lab, taylor(lab.flux), check=4, runs=2, size=TRAINED)
     checked = {c["schedule"]: c["psnr_db"] for c in profile.about["checked"]}
     assert 3 <= len(checked) <= 4 and "even" in checked
     assert checked[profile.about["schedule"]] > max(checked.values()) - 1.5 > checked["even"] - 1.5
     profiles.save("mine", profile)
     model = with_profile(lab.flux, "mine.safetensors")
-    plain = lab.sample(lab.flux, steps=28, prompts=["hamburger"], seed=7)
-    one = relative(lab.sample(model, steps=28, prompts=["hamburger"], seed=7), plain)
-    plain = lab.sample(lab.flux, steps=28, prompts=[emoji.PROMPTS[0]], seed=8)
-    two = relative(lab.sample(model, steps=28, prompts=[emoji.PROMPTS[0]], seed=8), plain)
+    options = {"steps": 28, "size": TRAINED}
+    plain = lab.sample(lab.flux, prompts=["hamburger"], seed=7, **options)
+    one = relative(lab.sample(model, prompts=["hamburger"], seed=7, **options), plain)
+    plain = lab.sample(lab.flux, prompts=[emoji.PROMPTS[0]], seed=8, **options)
+    two = relative(lab.sample(model, prompts=[emoji.PROMPTS[0]], seed=8, **options), plain)
     assert (one + two) / 2 == pytest.approx(profile.about["measured_error"], rel=1e-4)
 
 

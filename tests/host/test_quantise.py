@@ -21,7 +21,7 @@ import folder_paths
 import pytest
 import torch
 from comfy.patcher_extension import CallbacksMP
-from sampling import relative
+from sampling import TRAINED, relative
 from slipstream.demo import emoji
 from slipstream.engine.errors import SlipstreamError
 from slipstream.engine.metrics import psnr
@@ -159,15 +159,15 @@ def test_factors_hold_what_they_can():
 @pytest.mark.parametrize(("name", "floor"), [("flux", 25), ("trained_unet", 40)])
 def test_quantised_sampling_is_near_the_plain_one(lab, name, floor, record_property):
     base = getattr(lab, name)
-    plain = plain_sample(lab, base, batch=4)
+    plain = plain_sample(lab, base, batch=4, size=TRAINED)
     found = {}
     wishes = {format: QuantWish(format) for format in CHOICES} | {"auto, 8 bit": QuantWish(act_bits=8)}
     for label, wish in wishes.items():
-        found[label] = psnr(plain_sample(lab, quantise(base, wish), batch=4), plain)
+        found[label] = psnr(plain_sample(lab, quantise(base, wish), batch=4, size=TRAINED), plain)
         record_property(label, f"{found[label]:.2f} dB")
     assert min(found.values()) > floor, found
     assert found["w4a8"] > found["svdquant_w4a4"] and found["int8_convrot"] > found["w4a8"] + 10, found
-    assert torch.equal(plain_sample(lab, base, batch=4), plain)
+    assert torch.equal(plain_sample(lab, base, batch=4, size=TRAINED), plain)
 
 
 @pytest.mark.parametrize("name", families.available())
