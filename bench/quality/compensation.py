@@ -310,7 +310,7 @@ def predictable(measured: Measured, setting: str, quantised: bool, model=None, o
 
 def _calmer(lab: Lab, residuals) -> float:
     """The largest part of euler_ancestral's noise that PTQD's variance correction would leave out, over the steps."""
-    from slipstream.engine.correction.correctors import calmer_noise
+    from lab.noise import calmer_noise
 
     sigmas, shares = lab.seen.values, [0.0]
     for i, (high, low) in enumerate(itertools.pairwise(sigmas)):

@@ -119,16 +119,11 @@ class Programme:
         return int(values.argmin())
 
 
-def cachequant(statistics: Statistics, count: int) -> Solution:
+def programme_of_cachequant(statistics: Statistics) -> Programme:
     """CacheQuant's dynamic programme (CVPR 2025, arXiv 2503.01323): least total L1 distance to the key step before.
 
     Its segments may be of any length (the paper bounds them by half and twice the mean); the last step is a key.
     """
-    return programme_of_cachequant(statistics).solve(count)
-
-
-def programme_of_cachequant(statistics: Statistics) -> Programme:
-    """`cachequant` for every number of steps."""
 
     def costs(state: tuple[int, ...]) -> list[float]:
         start = state[-1]
@@ -137,25 +132,13 @@ def programme_of_cachequant(statistics: Statistics) -> Programme:
     return Programme(statistics.steps, 1, costs)
 
 
-def forecast_aware(
-    statistics: Statistics,
-    count: int,
-    predictor: Predictor,
-    weights: Sequence[float] | None = None,
-    max_gap: int | None = None,
-) -> Solution:
-    """The key steps with the least weighted squared forecast error, exactly, by a programme over the last anchors.
-
-    Raises ValueError where no schedule keeps to max_gap.
-    """
-    solution = programme_of_forecasts(statistics, predictor, weights, max_gap).solve(count)
-    return Solution(solution.keys, math.sqrt(solution.error))
-
-
 def programme_of_forecasts(
     statistics: Statistics, predictor: Predictor, weights: Sequence[float] | None, max_gap: int | None = None
 ) -> Programme:
-    """`forecast_aware` for every number of steps; its costs are squared errors."""
+    """The key steps with the least weighted squared forecast error, exactly, by a programme over the last anchors.
+
+    Its costs are squared errors. `solve` raises ValueError where no schedule keeps to max_gap.
+    """
 
     def costs(state: tuple[int, ...]) -> list[float]:
         errors = statistics.forecast_errors(state, predictor)[:-1]
@@ -164,19 +147,6 @@ def programme_of_forecasts(
         return [0.0, *itertools.accumulate(errors)]
 
     return Programme(statistics.steps, predictor.anchors, costs, max_gap)
-
-
-def brute_force(
-    statistics: Statistics, count: int, predictor: Predictor, weights: Sequence[float] | None = None
-) -> Solution:
-    """The same by trying every subset: the reference for tests, for at most a dozen steps."""
-    n = statistics.steps
-    _check(n, count)
-    tried = ((0, *keys, n - 1) for keys in itertools.combinations(range(1, n - 1), count - 2))
-    return min(
-        (Solution(keys, predicted_error(statistics, keys, predictor, weights)) for keys in tried),
-        key=lambda s: s.error,
-    )
 
 
 # -- thresholds ------------------------------------------------------------------------------------------------------

@@ -14,7 +14,6 @@ theta that is best for a step is not the one that is best for the picture. What 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -64,7 +63,7 @@ class Terms:
 
 # The published methods, as corrections of the slope, and what was found to be better than they are.
 METHODS: dict[str, Terms] = {
-    # e = k d + bias, arXiv 2305.10657: one gain, a bias per channel of the whole error; its variance: `calmer_noise`
+    # e = k d + bias, arXiv 2305.10657: one gain, a bias per channel of the whole error; its variance: `lab/noise.py`
     "PTQD": Terms(("slope", "one"), TEACHER, shared=True, own_bias=True),
     # noise estimation reconstruction and input bias, arXiv 2407.03917
     "TAC-Diffusion": Terms(("slope", "one"), TEACHER),
@@ -248,26 +247,3 @@ class Corrector:
         total = sum(w for _, w in fits)
         theta = sum((self.theta[i] * (w / total) for i, w in fits), torch.zeros_like(self.theta[0]))
         return theta if bool((theta != 0).any()) else None
-
-
-def propagated(sigmas: Sequence[float], jacobians: Sequence[float], errors: Sequence[float]) -> list[float]:
-    """How an error per step builds up in an Euler run: delta before every step and at the end, n + 1 values.
-
-    delta_{i+1} = (r + (1 - r) J) delta_i + h e_i with r the ratio of the sigmas and h their difference; J: Jacobian of
-    the denoiser in the direction looked at (0: noise the model ignores, 1: the data's own, above 1: undecided).
-    """
-    deltas = [0.0]
-    for i, error in enumerate(errors):
-        ratio = sigmas[i + 1] / sigmas[i] if sigmas[i] else 0.0
-        kept = ratio + (1 - ratio) * jacobians[i]
-        deltas.append(kept * deltas[-1] + (sigmas[i + 1] - sigmas[i]) * error)
-    return deltas
-
-
-def calmer_noise(sigma_up: float, step: float, deviation: float) -> float:
-    """How much noise a stochastic sampler has still to add, PTQD's variance correction (arXiv 2305.10657, eq. 14).
-
-    sigma_up: what it would add; step: sigma_down - sigma; deviation: of the part of the slope's error that nothing
-    predicts. That part has already put (step * deviation)^2 of variance into the state.
-    """
-    return math.sqrt(max(0.0, sigma_up**2 - (step * deviation) ** 2))

@@ -19,14 +19,28 @@ from slipstream.engine.correction.correctors import (
     Corrector,
     Moments,
     Terms,
-    calmer_noise,
     corrected,
-    propagated,
     stacked,
     wanted,
 )
 
+from lab.noise import calmer_noise
+
 SHAPE = (2, 3, 4, 4)
+
+
+def propagated(sigmas: list[float], jacobians: list[float], errors: list[float]) -> list[float]:
+    """How an error per step builds up in an Euler run: delta before every step and at the end, n + 1 values.
+
+    delta_{i+1} = (r + (1 - r) J) delta_i + h e_i with r the ratio of the sigmas and h their difference; J: Jacobian of
+    the denoiser in the direction looked at (0: noise the model ignores, 1: the data's own, above 1: undecided).
+    """
+    deltas = [0.0]
+    for i, error in enumerate(errors):
+        ratio = sigmas[i + 1] / sigmas[i] if sigmas[i] else 0.0
+        kept = ratio + (1 - ratio) * jacobians[i]
+        deltas.append(kept * deltas[-1] + (sigmas[i + 1] - sigmas[i]) * error)
+    return deltas
 
 
 def drawn(seed: int, *shape: int) -> torch.Tensor:

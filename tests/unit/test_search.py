@@ -19,15 +19,15 @@ from slipstream.engine.calibration.choice import (
     interpolated,
 )
 from slipstream.engine.calibration.search import (
+    Solution,
     adjusted_sigmas,
-    brute_force,
     by_threshold,
-    cachequant,
     drift_walk,
     ertacache_walk,
-    forecast_aware,
     magnitude_ratios,
     predicted_error,
+    programme_of_cachequant,
+    programme_of_forecasts,
     step_coefficients,
     uniform,
 )
@@ -48,6 +48,23 @@ def trajectory(steps: int, seed: int) -> list[torch.Tensor]:
 
 def statistics(steps: int, seed: int = 0) -> Statistics:
     return Statistics.of(trajectory(steps, seed), [float(i) for i in range(steps)])
+
+
+def cachequant(stats: Statistics, count: int) -> Solution:
+    return programme_of_cachequant(stats).solve(count)
+
+
+def forecast_aware(stats: Statistics, count: int, predictor: Predictor, weights=None, max_gap=None) -> Solution:
+    """Its error is the root of what the programme adds up."""
+    solution = programme_of_forecasts(stats, predictor, weights, max_gap).solve(count)
+    return Solution(solution.keys, math.sqrt(solution.error))
+
+
+def brute_force(stats: Statistics, count: int, predictor: Predictor, weights=None) -> Solution:
+    """The same by trying every subset."""
+    last = stats.steps - 1
+    tried = ((0, *keys, last) for keys in itertools.combinations(range(1, last), count - 2))
+    return min((Solution(k, predicted_error(stats, k, predictor, weights)) for k in tried), key=lambda s: s.error)
 
 
 @pytest.mark.parametrize("predictor", PREDICTORS, ids=lambda p: f"{p.rule}{p.order}")
