@@ -79,10 +79,10 @@ def cpu_seconds() -> None:
     """Let the compensator's account be of CPU seconds, as the rows are: other programs do not count."""
     from types import SimpleNamespace
 
-    from slipstream.host.compensate import compensator as compensate
-    from slipstream.host.compensate import reference
+    from slipstream.host import gauge
+    from slipstream.host.compensate import compensator, reference
 
-    compensate.time = reference.time = SimpleNamespace(perf_counter=time.process_time)
+    compensator.time = reference.time = gauge.time = SimpleNamespace(perf_counter=time.process_time)
 
 
 def quick_layers() -> None:

@@ -89,7 +89,7 @@ def measure(name: str, scheduler: str, pictures: int, runs: int) -> list[dict]:
     import comfy.samplers
     import torch
     from slipstream.demo import emoji
-    from slipstream.engine.calibration.choice import Search, evident
+    from slipstream.engine.calibration.choice import SCHEDULES, Search, evident
     from slipstream.engine.calibration.profile import Profile
     from slipstream.engine.calibration.search import adjusted_sigmas, step_coefficients
     from slipstream.engine.families import architecture_of
@@ -166,7 +166,7 @@ def measure(name: str, scheduler: str, pictures: int, runs: int) -> list[dict]:
                 }  # fmt: skip
                 if candidate.keys in checked:
                     known[candidate.keys] = run(model, seen, recorded.finals)["each_db"]
-            for schedule in calibration.SCHEDULES:
+            for schedule in SCHEDULES:
                 keys = search.keys(schedule, count)
                 if keys is not None:
                     rows.append({"name": schedule, **scored[keys]})
