@@ -27,7 +27,7 @@ from .search import (
     uniform,
     walk,
 )
-from .statistics import Statistics, weights_at
+from .statistics import TrajectoryStatistics, weights_at
 
 # How errors in a run add up. A disturbance grows by the measured ratio times STRETCH, because what is carried on turns
 # into the directions that grow most, and errors point the same way over about MEMORY steps. Of the values tried, 1 to
@@ -99,7 +99,7 @@ class Search:
     """All schedules for one calibrated run. growth: per step, how much larger a disturbance of the latent is in the
     denoised prediction, as measured."""
 
-    statistics: Statistics
+    statistics: TrajectoryStatistics
     predictor: Predictor
     sigmas: Sequence[float]
     growth: Sequence[float]

@@ -21,7 +21,7 @@ from safetensors import torch as safetensors
 from torch import Tensor
 
 from ...kernels.files import write_whole
-from .statistics import Statistics
+from .statistics import TrajectoryStatistics
 
 KEY = "slipstream_profile"
 VERSION = 2
@@ -62,7 +62,7 @@ class Profile:
 
     keys: tuple[int, ...]
     sigmas: tuple[float, ...]
-    statistics: Statistics
+    statistics: TrajectoryStatistics
     model: str = ""
     site: str = ""
     predictor: str = ""
@@ -163,7 +163,7 @@ class Profile:
         return cls(
             _steps(header["keys"]),
             tuple(float(s) for s in _numbers(header["sigmas"])),
-            Statistics(tuple(float(t) for t in _numbers(header["times"])), *statistics),
+            TrajectoryStatistics(tuple(float(t) for t in _numbers(header["times"])), *statistics),
             model=str(header.get("model", "")),
             site=str(header.get("site", "")),
             predictor=str(header.get("predictor", "")),

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .statistics import Statistics
+from .statistics import TrajectoryStatistics
 
 # Elements kept of one snapshot of one stream: the error of a mean over so many is below half a percent.
 SAMPLE = 1 << 16
@@ -103,10 +103,10 @@ class Recorder:
             raise ValueError("no conditioning was active at every step; use one prompt from start to end")
         return whole
 
-    def statistics(self) -> Statistics:
+    def statistics(self) -> TrajectoryStatistics:
         """The mean over all streams that were there at every step. Raises ValueError where none was, or for a run that
         went back in time."""
-        return Statistics.merged([Statistics.of(rows, self.times) for rows in self._whole()])
+        return TrajectoryStatistics.merged([TrajectoryStatistics.of(rows, self.times) for rows in self._whole()])
 
     def channel_moments(self) -> Tensor | None:
         """Means of all products of {q_0 .. q_(n-1), x_0 .. x_(n-1), 1} per channel, [C, 2n + 1, 2n + 1] float32.

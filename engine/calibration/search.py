@@ -15,7 +15,7 @@ import torch
 
 from ..forecast.predictors import Predictor
 from ..forecast.schedules import Schedule, Trace
-from .statistics import Statistics
+from .statistics import TrajectoryStatistics
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def uniform(steps: int, count: int) -> tuple[int, ...]:
 
 
 def predicted_error(
-    statistics: Statistics, keys: Sequence[int], predictor: Predictor, weights: Sequence[float] | None = None
+    statistics: TrajectoryStatistics, keys: Sequence[int], predictor: Predictor, weights: Sequence[float] | None = None
 ) -> float:
     """Root of the weighted sum of squared forecast errors over the steps that are not computed.
 
@@ -119,7 +119,7 @@ class Programme:
         return int(values.argmin())
 
 
-def programme_of_cachequant(statistics: Statistics) -> Programme:
+def programme_of_cachequant(statistics: TrajectoryStatistics) -> Programme:
     """CacheQuant's dynamic programme (CVPR 2025, arXiv 2503.01323): least total L1 distance to the key step before.
 
     Its segments may be of any length (the paper bounds them by half and twice the mean); the last step is a key.
@@ -133,7 +133,7 @@ def programme_of_cachequant(statistics: Statistics) -> Programme:
 
 
 def programme_of_forecasts(
-    statistics: Statistics, predictor: Predictor, weights: Sequence[float] | None, max_gap: int | None = None
+    statistics: TrajectoryStatistics, predictor: Predictor, weights: Sequence[float] | None, max_gap: int | None = None
 ) -> Programme:
     """The key steps with the least weighted squared forecast error, exactly, by a programme over the last anchors.
 
@@ -153,7 +153,7 @@ def programme_of_forecasts(
 
 
 def drift_walk(
-    statistics: Statistics, predictor: Predictor, budget: float, weights: Sequence[float] | None = None
+    statistics: TrajectoryStatistics, predictor: Predictor, budget: float, weights: Sequence[float] | None = None
 ) -> tuple[int, ...]:
     """Greedy: fill while the forecast's RMS error, times the root of the step's weight, stays within `budget`."""
     keys: list[int] = [0]
@@ -166,7 +166,7 @@ def drift_walk(
     return (*keys, statistics.steps - 1)
 
 
-def ertacache_walk(statistics: Statistics, threshold: float) -> tuple[int, ...]:
+def ertacache_walk(statistics: TrajectoryStatistics, threshold: float) -> tuple[int, ...]:
     """ERTACache's offline policy (ICLR 2026, arXiv 2508.21091): reuse while the relative L1 distance to the last
     computed step is below `threshold`."""
     keys = [0]
@@ -176,7 +176,7 @@ def ertacache_walk(statistics: Statistics, threshold: float) -> tuple[int, ...]:
     return (*keys, statistics.steps - 1)
 
 
-def step_coefficients(statistics: Statistics, keys: Sequence[int]) -> tuple[float, ...]:
+def step_coefficients(statistics: TrajectoryStatistics, keys: Sequence[int]) -> tuple[float, ...]:
     """ERTACache's factor of each step's length: 1 where it is computed, clip(1 - |v~ - v|_1 / |v|_1, 0, 1) where it is
     reused. Sources disagree on the denominator; with the change of v in its place samples were destroyed."""
     factors, newest = [], 0
@@ -200,7 +200,7 @@ def adjusted_sigmas(sigmas: Sequence[float], factors: Sequence[float]) -> tuple[
     return (*adjusted, end)
 
 
-def magnitude_ratios(statistics: Statistics) -> tuple[float, ...]:
+def magnitude_ratios(statistics: TrajectoryStatistics) -> tuple[float, ...]:
     """MagCache's table (arXiv 2506.09045), of whole snapshots: |q_i| / |q_(i-1)| in L2, 1 for the first."""
     size = statistics.gram.diagonal().clamp_min(1e-60).sqrt()
     return (1.0, *(size[1:] / size[:-1]).tolist())

@@ -17,7 +17,7 @@ from ..forecast.predictors import Predictor
 
 
 @dataclass(frozen=True)
-class Statistics:
+class TrajectoryStatistics:
     """What one calibration keeps of a trajectory of n snapshots q_i.
 
     times: step coordinate of each; gram [n, n] float64: mean over elements of q_i q_j; distance [n, n] float64: mean
@@ -39,7 +39,7 @@ class Statistics:
         return len(self.times)
 
     @classmethod
-    def of(cls, snapshots: Sequence[Tensor], times: Sequence[float]) -> Statistics:
+    def of(cls, snapshots: Sequence[Tensor], times: Sequence[float]) -> TrajectoryStatistics:
         """The statistics of a whole trajectory; for tests and short runs, a calibration streams them."""
         rows = torch.stack([s.detach().reshape(-1).double() for s in snapshots])
         size = rows.shape[1]
@@ -47,7 +47,7 @@ class Statistics:
         return cls(tuple(times), rows @ rows.T / size, distance, rows.abs().mean(1))
 
     @classmethod
-    def merged(cls, runs: Sequence[Statistics]) -> Statistics:
+    def merged(cls, runs: Sequence[TrajectoryStatistics]) -> TrajectoryStatistics:
         """The mean of several runs over the same schedule. Raises ValueError where the schedules differ."""
         if any(run.times != runs[0].times for run in runs):
             raise ValueError("only runs over one schedule can be merged")

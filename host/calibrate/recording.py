@@ -15,7 +15,7 @@ from torch import Tensor
 from ...engine.calibration.choice import gaussian_jacobians, interpolated
 from ...engine.calibration.profile import Profile
 from ...engine.calibration.recorder import Activations, Recorder
-from ...engine.calibration.statistics import Statistics
+from ...engine.calibration.statistics import TrajectoryStatistics
 from ...engine.errors import SlipstreamError
 from ...engine.families import architecture_of
 from ...engine.run.plan import CacheConfig, Plan, PredictorConfig
@@ -35,7 +35,7 @@ class Recorded:
     """What the full runs left: statistics, each run's final latent, how disturbances grew at the steps where that was
     measured, and further statistics where asked for."""
 
-    statistics: Statistics
+    statistics: TrajectoryStatistics
     finals: list[Tensor]
     growth: dict[int, float]
     extras: dict[str, Tensor] = field(default_factory=dict)
@@ -73,7 +73,9 @@ def record(job: Job, wish: Wish | None = None, tell: Tell = silent) -> Recorded:
     extras = activations.tables()
     if moments:
         extras["moments"] = torch.stack(moments).mean(0)
-    return Recorded(Statistics.merged(statistics), finals, {k: sum(v) / len(v) for k, v in growth.items()}, extras)
+    return Recorded(
+        TrajectoryStatistics.merged(statistics), finals, {k: sum(v) / len(v) for k, v in growth.items()}, extras
+    )
 
 
 def probes(steps: int, run: int) -> frozenset[int]:

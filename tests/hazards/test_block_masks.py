@@ -15,7 +15,7 @@ from sampling import SIZE, relative
 from scenes import controlled, guided, scheduled
 from slipstream.demo import emoji
 from slipstream.engine.calibration.profile import Profile
-from slipstream.engine.calibration.statistics import Statistics
+from slipstream.engine.calibration.statistics import TrajectoryStatistics
 from slipstream.engine.errors import SlipstreamError
 from slipstream.engine.families import architecture_of
 from slipstream.engine.forecast.history import History
@@ -73,7 +73,7 @@ def in_effect(rows: torch.Tensor) -> list[list[int]]:
 def profile_of(model, rows: torch.Tensor | None, keys=(0,), site: str = EACH, steps: int = STEPS) -> Profile:
     sampling = model.get_model_object("model_sampling")
     sigmas = tuple(float(s) for s in comfy.samplers.calculate_sigmas(sampling, "simple", steps))
-    statistics = Statistics.of([torch.ones(1)] * steps, [float(i) for i in range(steps)])
+    statistics = TrajectoryStatistics.of([torch.ones(1)] * steps, [float(i) for i in range(steps)])
     extras = {} if rows is None else {"blocks": rows}
     return Profile(keys, sigmas, statistics, "", site, extras=extras)
 

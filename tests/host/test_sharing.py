@@ -18,7 +18,7 @@ import torch
 from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 from slipstream.engine.calibration.profile import Profile
-from slipstream.engine.calibration.statistics import Statistics
+from slipstream.engine.calibration.statistics import TrajectoryStatistics
 from slipstream.host.profiles import embedding as sharing
 from slipstream.host.profiles import folder as profiles
 
@@ -37,7 +37,7 @@ def folder(tmp_path, monkeypatch):
 
 def example(model: str = "flux", keys=(0, 2, 5, 9), **extras) -> Profile:
     path = [torch.randn(7, generator=torch.Generator().manual_seed(i)) for i in range(10)]
-    statistics = Statistics.of(path, [float(i) for i in range(10)])
+    statistics = TrajectoryStatistics.of(path, [float(i) for i in range(10)])
     return Profile(keys, tuple(1.0 - i / 10 for i in range(11)), statistics, model, extras=extras)
 
 
@@ -207,7 +207,9 @@ def test_large_statistics_stay_at_home(folder, caplog):
     sent = sharing.on_prompt(queued(NAME, embedded={NAME: base64.b64encode(data).decode()}))
     assert used(sent) == [NAME] and (folder / NAME).stat().st_size > sharing.LARGEST_WHOLE
     steps = 700
-    statistics = Statistics.of([torch.tensor([float(i)]) for i in range(steps)], [float(i) for i in range(steps)])
+    statistics = TrajectoryStatistics.of(
+        [torch.tensor([float(i)]) for i in range(steps)], [float(i) for i in range(steps)]
+    )
     profiles.save("huge", Profile((0, 1), tuple(1.0 - i / steps for i in range(steps + 1)), statistics, "flux"))
     assert extra(sharing.on_prompt(queued("huge.safetensors"))) == {}
     assert [m for m in caplog.messages if "too large" in m and "huge.safetensors" in m]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from slipstream.engine.calibration.recorder import Activations, Recorder
-from slipstream.engine.calibration.statistics import Statistics
+from slipstream.engine.calibration.statistics import TrajectoryStatistics
 
 
 def path(steps: int, elements: int, seed: int) -> list[torch.Tensor]:
@@ -18,7 +18,7 @@ def test_a_small_snapshot_is_taken_whole():
     snapshots, recorder = path(8, 100, 1), Recorder()
     for i, snapshot in enumerate(snapshots):
         recorder.push(float(i), "cond", (snapshot,))
-    expected = Statistics.of(snapshots, range(8))
+    expected = TrajectoryStatistics.of(snapshots, range(8))
     found = recorder.statistics()
     assert torch.allclose(found.gram, expected.gram) and torch.allclose(found.distance, expected.distance)
 
@@ -28,7 +28,7 @@ def test_a_large_one_is_sampled_within_its_bytes_and_near_the_truth():
     for i, snapshot in enumerate(snapshots):
         recorder.push(float(i), "cond", (snapshot, snapshot * 2))
     assert recorder.nbytes == 8 * 2 * 20_000 * 4
-    expected = Statistics.of([torch.cat([s, s * 2]) for s in snapshots], range(8))
+    expected = TrajectoryStatistics.of([torch.cat([s, s * 2]) for s in snapshots], range(8))
     found = recorder.statistics()
     assert torch.allclose(found.gram, expected.gram, rtol=0.05)
     assert torch.allclose(found.distance, expected.distance, rtol=0.05)
@@ -42,7 +42,9 @@ def test_streams_are_averaged_and_those_that_come_and_go_left_out():
         recorder.push(float(i), "negative", (two[i],))
         if i > 1:
             recorder.push(float(i), "late", (one[i] * 100,))
-    expected = Statistics.merged([Statistics.of(one, range(4)), Statistics.of(two, range(4))])
+    expected = TrajectoryStatistics.merged(
+        [TrajectoryStatistics.of(one, range(4)), TrajectoryStatistics.of(two, range(4))]
+    )
     assert torch.allclose(recorder.statistics().gram, expected.gram)
 
 

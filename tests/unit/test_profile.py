@@ -10,13 +10,13 @@ import torch
 from safetensors.torch import save_file
 from slipstream.engine.calibration import profile as profiles
 from slipstream.engine.calibration.profile import KEY, Point, Profile, ProfileError
-from slipstream.engine.calibration.statistics import Statistics
+from slipstream.engine.calibration.statistics import TrajectoryStatistics
 
 
 def example(steps: int = 10, keys=(0, 1, 2, 5, 9)) -> Profile:
     path = [torch.randn(7, generator=torch.Generator().manual_seed(i)) for i in range(steps)]
     sigmas = tuple(1.0 - i / steps for i in range(steps + 1))
-    statistics = Statistics.of(path, [float(i) for i in range(steps)])
+    statistics = TrajectoryStatistics.of(path, [float(i) for i in range(steps)])
     frontier = (Point((0, 9), "even", 0.25, 0.125), Point((0, 4, 9), "CacheQuant", 0.1, 0.05))
     extras = {"blocks": torch.ones(steps, 3, dtype=torch.uint8), "moments": torch.rand(2, 3)}
     about = {"sampler": "euler", "cfg": 1.5}

@@ -31,7 +31,7 @@ from slipstream.engine.calibration.search import (
     step_coefficients,
     uniform,
 )
-from slipstream.engine.calibration.statistics import Statistics
+from slipstream.engine.calibration.statistics import TrajectoryStatistics
 from slipstream.engine.forecast.history import History
 from slipstream.engine.forecast.predictors import Predictor
 
@@ -46,21 +46,23 @@ def trajectory(steps: int, seed: int) -> list[torch.Tensor]:
     return [a + b * x + c * torch.sin(3 * x * x) + 0.01 * torch.randn(24, generator=generator) for x in t]
 
 
-def statistics(steps: int, seed: int = 0) -> Statistics:
-    return Statistics.of(trajectory(steps, seed), [float(i) for i in range(steps)])
+def statistics(steps: int, seed: int = 0) -> TrajectoryStatistics:
+    return TrajectoryStatistics.of(trajectory(steps, seed), [float(i) for i in range(steps)])
 
 
-def cachequant(stats: Statistics, count: int) -> Solution:
+def cachequant(stats: TrajectoryStatistics, count: int) -> Solution:
     return programme_of_cachequant(stats).solve(count)
 
 
-def forecast_aware(stats: Statistics, count: int, predictor: Predictor, weights=None, max_gap=None) -> Solution:
+def forecast_aware(
+    stats: TrajectoryStatistics, count: int, predictor: Predictor, weights=None, max_gap=None
+) -> Solution:
     """Its error is the root of what the programme adds up."""
     solution = programme_of_forecasts(stats, predictor, weights, max_gap).solve(count)
     return Solution(solution.keys, math.sqrt(solution.error))
 
 
-def brute_force(stats: Statistics, count: int, predictor: Predictor, weights=None) -> Solution:
+def brute_force(stats: TrajectoryStatistics, count: int, predictor: Predictor, weights=None) -> Solution:
     """The same by trying every subset."""
     last = stats.steps - 1
     tried = ((0, *keys, last) for keys in itertools.combinations(range(1, last), count - 2))
@@ -70,7 +72,7 @@ def brute_force(stats: Statistics, count: int, predictor: Predictor, weights=Non
 @pytest.mark.parametrize("predictor", PREDICTORS, ids=lambda p: f"{p.rule}{p.order}")
 def test_the_gram_matrix_gives_the_true_forecast_error(predictor):
     path = trajectory(9, 3)
-    stats = Statistics.of(path, range(9))
+    stats = TrajectoryStatistics.of(path, range(9))
     history = History(predictor.anchors)
     for anchor in (1, 3, 4)[-predictor.anchors :]:
         history.push(float(anchor), (path[anchor][None].double(),))
@@ -154,23 +156,23 @@ def test_error_effects_are_those_of_a_simulated_run(flow):
 
 def test_merged_statistics_are_means_over_one_schedule():
     one, two = statistics(6, 1), statistics(6, 2)
-    both = Statistics.merged([one, two])
+    both = TrajectoryStatistics.merged([one, two])
     assert torch.allclose(both.gram, (one.gram + two.gram) / 2)
     with pytest.raises(ValueError, match="one schedule"):
-        Statistics.merged([one, statistics(7)])
+        TrajectoryStatistics.merged([one, statistics(7)])
     with pytest.raises(ValueError, match="two 6 x 6 matrices"):
-        Statistics(one.times, one.gram[:5], one.distance, one.size)
+        TrajectoryStatistics(one.times, one.gram[:5], one.distance, one.size)
 
 
-def bent(steps: int = 28) -> Statistics:
+def bent(steps: int = 28) -> TrajectoryStatistics:
     """A path that hardly moves at first and bends in the middle: even spacing is not the best there."""
     generator = torch.Generator().manual_seed(5)
     a, b, c = (torch.randn(64, generator=generator) for _ in range(3))
     t = torch.linspace(0, 1, steps)
-    return Statistics.of([a + b * torch.sigmoid(14 * (x - 0.5)) + 0.3 * c * x * x for x in t], range(steps))
+    return TrajectoryStatistics.of([a + b * torch.sigmoid(14 * (x - 0.5)) + 0.3 * c * x * x for x in t], range(steps))
 
 
-def search(statistics: Statistics, predictor: Predictor = PREDICTORS[1]) -> Search:
+def search(statistics: TrajectoryStatistics, predictor: Predictor = PREDICTORS[1]) -> Search:
     n = statistics.steps
     sigmas = [1.0 - i / n for i in range(n + 1)]
     return Search(statistics, predictor, sigmas, [1.0] * n)
@@ -207,7 +209,7 @@ def test_the_expected_error_is_that_of_a_linear_run(seed, growth):
     direction = torch.randn(30, generator=generator, dtype=torch.float64)
     path = [direction * float(v) for v in torch.randn(n, generator=generator, dtype=torch.float64)]
     sigmas = [1.0 - i / n for i in range(n + 1)]
-    one = Search(Statistics.of(path, range(n)), PREDICTORS[0], sigmas, [growth / STRETCH] * n)
+    one = Search(TrajectoryStatistics.of(path, range(n)), PREDICTORS[0], sigmas, [growth / STRETCH] * n)
     one._coherence = torch.ones(n, n, dtype=torch.float64)
     delta, newest = torch.zeros(30, dtype=torch.float64), path[0]
     for i in range(n):
