@@ -124,7 +124,7 @@ def cached(model, lab: Lab, order: int, computed: int = COMPUTED, more: Sequence
     import torch
     from slipstream.engine.calibration.profile import Profile
     from slipstream.engine.calibration.search import uniform
-    from slipstream.engine.calibration.statistics import Statistics
+    from slipstream.engine.calibration.statistics import TrajectoryStatistics
     from slipstream.engine.run.plan import CacheConfig, PredictorConfig
     from slipstream.host.model import add_cache, add_predictor
     from slipstream.host.parts import PROFILE
@@ -133,7 +133,7 @@ def cached(model, lab: Lab, order: int, computed: int = COMPUTED, more: Sequence
         model = add_predictor(model, PredictorConfig("Taylor", order))
     model = add_cache(model, CacheConfig(node_id="b"))
     square = torch.eye(STEPS, dtype=torch.float64)
-    nothing = Statistics(tuple(map(float, range(STEPS))), square, square, square[0])
+    nothing = TrajectoryStatistics(tuple(map(float, range(STEPS))), square, square, square[0])
     keys = tuple(sorted({*uniform(STEPS, computed), *map(round, more)}))
     rule = f"{'newton' if order else 'reuse'} {order}"
     profile = Profile(keys, lab.seen.values, nothing, "", "", rule)
