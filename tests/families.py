@@ -588,6 +588,11 @@ NOT_TINY: dict[str, str] = {
 FILED = ("pos_embed", "rotary_pos_emb.inv_freq", "rope.inv_freq", "positive_conditioning", "negative_conditioning")
 
 
+def moves(name: str) -> bool:
+    """Whether the family makes video, sound or shapes: its latents have not the dimensions of a picture's."""
+    return len(FAMILIES[name].latent) != 4
+
+
 def available(table: dict[str, Family] = FAMILIES) -> list[str]:
     """The families this host has, in the table's order."""
     return [name for name, family in table.items() if hasattr(comfy.supported_models, family.supported)]

@@ -191,3 +191,23 @@ def skip_layer_guided(model, block: int):
     model = model.clone()
     model.set_model_sampler_post_cfg_function(guidance)
     return model
+
+
+class Counted:
+    """Counts how often each parameterised leaf below a module runs."""
+
+    def __init__(self, model, path: str):
+        module = model.model.diffusion_model.get_submodule(path)
+        leaves = [m for m in module.modules() if not list(m.children()) and list(m.parameters(recurse=False))]
+        self.runs = 0
+        self._hooks = [leaf.register_forward_pre_hook(self._count) for leaf in leaves]
+
+    def _count(self, module, args):
+        self.runs += 1
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for hook in self._hooks:
+            hook.remove()

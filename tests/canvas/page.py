@@ -13,6 +13,7 @@ from contextlib import contextmanager
 import pytest
 
 from dev import BROWSERS
+from lab.server import ROOT
 
 # Sandbox and GPU are not to be had in a container; the rest keeps it from the network.
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
@@ -20,6 +21,10 @@ ARGUMENTS += ["--disable-background-networking", "--disable-component-update"]
 # Our files by their address, our own warnings by their first word.
 OURS = ("/extensions/ComfyUI-Slipstream/", "Slipstream:")
 # Nothing opens over the canvas, whoever used this server's folder before.
+# The nodes of the demo workflow that have a strip.
+LOADER, PREDICTOR = "SlipstreamCacheLoader", "SlipstreamTaylorPredictor"
+DEMO = json.loads((ROOT / "workflows" / "slipstream_demo.json").read_text())
+
 SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Minimap.Visible": False, "Comfy.Workflow.ConfirmDelete": False}
 
 
@@ -170,3 +175,8 @@ class Canvas:
             ask(f"{self.url}/interrupt", {})
             assert time.monotonic() < deadline, "the server does not stop"
             time.sleep(0.1)
+
+
+def full(strip: dict, bars: int = 28) -> bool:
+    """Whether a strip has all its bars and nothing runs."""
+    return len(strip["bars"]) == bars and not strip["busy"]

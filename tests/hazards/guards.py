@@ -15,8 +15,11 @@ FILES: dict[str, str] = {
     "hazards/test_sites_samplers.py": "cache predictor",
     "hazards/test_state.py": "cache predictor",
     "host/test_calibrate.py": "calibrate",
+    "host/test_profiles_followed.py": "calibrate",
     "host/test_concurrency.py": "cache predictor",
     "host/test_families.py": "cache predictor",
+    "host/test_families_loaded.py": "cache predictor",
+    "host/test_families_moving.py": "cache predictor",
     "host/test_faults.py": "calibrate files",
     "host/test_multigpu.py": "cache predictor",
     "host/test_peers.py": "cache predictor",
@@ -35,15 +38,15 @@ FILES: dict[str, str] = {
 # Test -> (hazards, nodes), in the place of what its name says.
 TESTS: dict[str, tuple[str, str]] = {
     "host/test_calibrate.py::test_a_cancelled_calibration_leaves_nothing": ("H03-H05", "calibrate"),
-    "host/test_calibrate.py::test_a_profile_is_followed_exactly": ("H02", "calibrate"),
-    "host/test_calibrate.py::test_a_profile_of_another_predictor_or_range_is_told": ("H49 H75", "calibrate"),
+    "host/test_profiles_followed.py::test_a_profile_is_followed_exactly": ("H02", "calibrate"),
+    "host/test_profiles_followed.py::test_a_profile_of_another_predictor_or_range_is_told": ("H49 H75", "calibrate"),
     "host/test_calibrate.py::test_an_inner_site_is_calibrated_where_it_is_used": ("H15", "calibrate"),
     "host/test_calibrate.py::test_further_statistics_are_kept_when_asked_for_and_nothing_watches_afterwards": (
         "H07", "calibrate",
     ),
-    "host/test_calibrate.py::test_h12_to_h15_profiles_between_runs": ("H12-H15", "calibrate"),
-    "host/test_calibrate.py::test_names_and_missing_files": ("H78", "calibrate"),
-    "host/test_calibrate.py::test_other_step_counts_schedulers_and_starts": ("H13 H41 H44 H45", "calibrate"),
+    "host/test_profiles_followed.py::test_h12_to_h15_profiles_between_runs": ("H12-H15", "calibrate"),
+    "host/test_profiles_followed.py::test_names_and_missing_files": ("H78", "calibrate"),
+    "host/test_profiles_followed.py::test_other_step_counts_schedulers_and_starts": ("H13 H41 H44 H45", "calibrate"),
     "host/test_calibrate.py::test_the_solved_schedule_beats_even_spacing_on_another_prompt_and_seed": (
         "H54", "calibrate",
     ),
@@ -71,8 +74,9 @@ TESTS: dict[str, tuple[str, str]] = {
         "H18", "compensator quantize",
     ),
     "host/test_concurrency.py::test_h18_two_switched_runs": ("H18", "switch cache"),
-    "host/test_families.py::test_a_checkpoint_through_the_stock_loader": ("H01 H03 H08", "cache predictor"),
+    "host/test_families_loaded.py::test_a_checkpoint_through_the_stock_loader": ("H01 H03 H08", "cache predictor"),
     "host/test_families.py::test_family": ("H01 H03 H08", "cache predictor"),
+    "host/test_families_moving.py::test_family": ("H01 H03 H08", "cache predictor"),
     "host/test_faults.py::test_h06_h79_a_calibration_that_fails_writes_nothing": ("H06 H79", "calibrate"),
     "host/test_faults.py::test_h06_memory_that_runs_out_leaves_nothing": ("H06", "cache predictor quantize"),
     "host/test_faults.py::test_h78_a_model_file_that_changes_after_it_was_loaded": ("H78", "files"),
@@ -237,6 +241,7 @@ TESTS: dict[str, tuple[str, str]] = {
 # Test with a parameter `name` -> the column of the table of families; "" where the test tells its sites itself.
 FAMILY_TESTS: dict[str, str] = {
     "host/test_families.py::test_family": "",
+    "host/test_families_moving.py::test_family": "",
     "host/test_quantise.py::test_every_family_runs_quantised": "4 bit",
     "hazards/test_stacks.py::test_all_nodes_on_every_family": "all nodes together",
 }

@@ -76,45 +76,6 @@ def test_h23_h24_regional_prompts_are_filled_and_split_equals_batched(lab, split
 
 
 @everywhere
-def test_h25_conds_packed_two_and_one_keep_their_histories(lab, monkeypatch, site):
-    """Three conds in a call, then two and one: the same picture, though the packing changes in mid-run."""
-    model = site.every(lab)
-    positive = emoji.conditioning("cat face") + emoji.conditioning("red heart")
-    together = lab.sample(model, positive=positive, cfg=3.0)
-    true_free, base = comfy.model_management.get_free_memory, model.model
-    needed, calls = base.memory_required, []
-
-    def required(shape, *args, **kwargs):
-        calls.append(shape[0])
-        return 1.0 if shape[0] < 3 else 1e30
-
-    def free(device=None, torch_free_too=False):
-        return true_free(device, True) if torch_free_too else 1e20
-
-    def pack(step, *_):
-        if step == 4:  # from here on, memory is short
-            monkeypatch.setattr(comfy.model_management, "get_free_memory", free)
-            monkeypatch.setattr(base, "memory_required", required)
-
-    try:
-        apart = lab.sample(model, positive=positive, cfg=3.0, callback=pack)
-    finally:
-        monkeypatch.setattr(base, "memory_required", needed)
-    assert 3 in calls and 2 in calls
-    assert lab.report(model)["filled"] >= 8
-    assert relative(apart, together) < 1e-5
-
-
-@everywhere
-def test_h26_images_of_a_batch_share_only_the_decision(lab, site):
-    model = site.every(lab)
-    alone = lab.sample(model, prompts=["cat face"])
-    both = lab.sample(model, prompts=["cat face", "red heart"])
-    assert lab.report(model)["filled"] >= 8
-    assert relative(both[:1], alone) < 1e-5
-
-
-@everywhere
 def test_h27_a_negative_of_another_length(lab, site):
     tokens, values = emoji.conditioning("hamburger")[0]
     long = [[torch.cat([tokens] * 5 + [tokens[:, :1]], 1), values]]  # too different to be padded into one batch

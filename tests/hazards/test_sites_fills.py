@@ -1,11 +1,16 @@
-"""What a filled evaluation gives at the inner sites: the full output again, in batches, and beside other packs."""
+"""What a filled evaluation gives at the inner sites: the full output again, packed and beside other packs."""
 
 from __future__ import annotations
 
+import math
+
+import comfy.model_management
 import pytest
 import torch
+from comfy.patcher_extension import WrappersMP
 from sampling import TRAINED, relative
-from scenes import SITES, Site, repeated
+from scenes import SITES, Counted, Site, every_site, everywhere, repeated
+from slipstream.demo import emoji
 from slipstream.engine.run.run import Run
 
 
@@ -103,3 +108,72 @@ def test_h17_patches_by_block_keep_their_blocks(lab, site, pack):
     differences, report = repeated(lab, model)
     filled = [d for d, e in zip(differences, report["trace"][1::2], strict=True) if e["action"] != "computed"]
     assert len(filled) >= 5 and max(filled) == 0.0
+
+
+@pytest.mark.card
+@every_site
+def test_what_is_skipped_really_does_not_run(lab, site):
+    base, model = getattr(lab, site.model), site.every(lab)
+    with Counted(base, site.inside) as plain:
+        lab.sample(base)
+    with Counted(model, site.inside) as skipped:
+        lab.sample(model)
+    report = lab.report(model)
+    assert report["site"] == site.site.replace("last block", "last-block features")
+    assert (report["computed"], report["filled"]) == (8, 8)
+    assert plain.runs > 0 and skipped.runs * 2 == plain.runs
+
+
+@every_site
+def test_h11_an_edited_result_does_not_reach_the_cache(lab, site):
+    model = site.every(lab, predictor=None)
+    clean = lab.sample(model)
+    spoiled = model.clone()
+
+    def spoil(executor, *args, **kwargs):
+        out = executor(*args, **kwargs)
+        kept = out.clone()
+        out.fill_(math.nan)
+        return kept
+
+    spoiled.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "test", spoil)
+    assert torch.equal(lab.sample(spoiled), clean)
+
+
+@everywhere
+def test_h25_conds_packed_two_and_one_keep_their_histories(lab, monkeypatch, site):
+    """Three conds in a call, then two and one: the same picture, though the packing changes in mid-run."""
+    model = site.every(lab)
+    positive = emoji.conditioning("cat face") + emoji.conditioning("red heart")
+    together = lab.sample(model, positive=positive, cfg=3.0)
+    true_free, base = comfy.model_management.get_free_memory, model.model
+    needed, calls = base.memory_required, []
+
+    def required(shape, *args, **kwargs):
+        calls.append(shape[0])
+        return 1.0 if shape[0] < 3 else 1e30
+
+    def free(device=None, torch_free_too=False):
+        return true_free(device, True) if torch_free_too else 1e20
+
+    def pack(step, *_):
+        if step == 4:  # from here on, memory is short
+            monkeypatch.setattr(comfy.model_management, "get_free_memory", free)
+            monkeypatch.setattr(base, "memory_required", required)
+
+    try:
+        apart = lab.sample(model, positive=positive, cfg=3.0, callback=pack)
+    finally:
+        monkeypatch.setattr(base, "memory_required", needed)
+    assert 3 in calls and 2 in calls
+    assert lab.report(model)["filled"] >= 8
+    assert relative(apart, together) < 1e-5
+
+
+@everywhere
+def test_h26_images_of_a_batch_share_only_the_decision(lab, site):
+    model = site.every(lab)
+    alone = lab.sample(model, prompts=["cat face"])
+    both = lab.sample(model, prompts=["cat face", "red heart"])
+    assert lab.report(model)["filled"] >= 8
+    assert relative(both[:1], alone) < 1e-5

@@ -5,70 +5,19 @@ from __future__ import annotations
 import dataclasses
 
 import comfy.samplers
-import folder_paths
 import pytest
 import torch
+from calibrating import calibrated, job, sigmas_of, taylor, with_profile
 from sampling import SIZE, TRAINED, relative
 from slipstream.demo import emoji
 from slipstream.engine.calibration.profile import Profile
 from slipstream.engine.calibration.search import uniform
 from slipstream.engine.errors import SlipstreamError
-from slipstream.engine.run.plan import CacheConfig, PredictorConfig
+from slipstream.engine.run.plan import CacheConfig
 from slipstream.host import model as patcher
 from slipstream.host.calibrate.calibrate import calibrate
-from slipstream.host.calibrate.job import Job, Wish
+from slipstream.host.calibrate.job import Wish
 from slipstream.host.profiles import folder as profiles
-
-
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """An empty profile folder of our own."""
-    monkeypatch.setitem(folder_paths.folder_names_and_paths, profiles.FOLDER, ([str(tmp_path)], {".safetensors"}))
-    monkeypatch.setattr(folder_paths, "filename_list_cache", {})
-    return tmp_path
-
-
-def sigmas_of(model, steps: int = 28, scheduler: str = "simple"):
-    return comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), scheduler, steps)
-
-
-def job(lab, model, steps: int = 28, sampler: str = "euler", cfg: float = 1.0, runs: int = 1, size=SIZE) -> Job:
-    """The sampling that is calibrated, over as many prompts and seeds as runs."""
-    each = tuple((emoji.conditioning(prompt), 7 + i) for i, prompt in enumerate(("hamburger", *emoji.PROMPTS)[:runs]))
-    return Job(model, each, emoji.conditioning(""), cfg, comfy.samplers.sampler_object(sampler),
-               sigmas_of(model, steps), {"samples": lab.latent(model, size=size)})  # fmt: skip
-
-
-def calibrated(lab, model, speed_up: float = 2.5, check: int = 0, tell=None, wish=None, **options):
-    options = {"job": job(lab, model, **options), "wish": Wish(speed_up=speed_up, check=check, **(wish or {}))}
-    with torch.inference_mode():
-        return calibrate(**options, **({"tell": tell} if tell else {}))
-
-
-def taylor(model, order: int = -1):
-    return patcher.add_predictor(model, PredictorConfig("Taylor", order))
-
-
-def with_profile(model, name: str, order: int | None = -1, **options):
-    model = patcher.add_cache(model, CacheConfig(node_id="1", profile=name, **options))
-    return model if order is None else taylor(model, order)
-
-
-@pytest.mark.parametrize("name,order", [("flux", None), ("flux", 1), ("flux", 2), ("trained_unet", 1), ("sd3", 2)])
-def test_a_profile_is_followed_exactly(lab, folder, name, order):
-    base = getattr(lab, name)
-    plain = lab.sample(base, steps=28)
-    profile = calibrated(lab, base if order is None else taylor(base, order))
-    assert len(profile.keys) == 11 and profile.keys[0] == 0 and profile.keys[-1] == 27
-    assert profiles.save("mine", profile) == "mine.safetensors" and profiles.files() == ["mine.safetensors"]
-    model = with_profile(base, "mine.safetensors", order)
-    lab.sample(model, steps=28)
-    report = lab.report(model)
-    assert tuple(e["index"] for e in report["trace"] if e["action"] == "computed") == profile.keys
-    assert "profile mine" in report["chose"]
-    # random weights: the drift measured at a few steps is far from the mean
-    assert report["remark"] == "" or name == "sd3"
-    assert torch.equal(lab.sample(base, steps=28), plain)  # nothing stayed behind
 
 
 @pytest.mark.parametrize("name", ["flux", "trained_unet"])
@@ -88,20 +37,6 @@ def test_the_solved_schedule_beats_even_spacing_on_another_prompt_and_seed(lab, 
     assert errors["solved"] < 0.9 * errors["even"]
 
 
-def test_other_step_counts_schedulers_and_starts(lab, folder):
-    profiles.save("mine", calibrated(lab, taylor(lab.flux)))
-    model = with_profile(lab.flux, "mine.safetensors")
-    for options in ({"steps": 20}, {"steps": 50}, {"steps": 28, "scheduler": "beta"}):
-        lab.sample(model, **options)
-        report = lab.report(model)
-        assert 0.2 < report["computed"] / report["evaluations"] < 0.6, options
-        assert report["trace"][-1]["action"] == "computed"
-    latent = lab.sample(lab.flux, seed=5)
-    lab.sample(model, steps=28, latent=latent, denoise=0.5)
-    assert lab.report(model)["filled"] >= 6
-    assert torch.equal(lab.sample(model, steps=4), lab.sample(lab.flux, steps=4))
-
-
 @pytest.mark.parametrize("site", ["block stack", "last block"])
 def test_an_inner_site_is_calibrated_where_it_is_used(lab, folder, site):
     base = taylor(patcher.add_cache(lab.flux, CacheConfig("Custom", site=site, node_id="1")))
@@ -110,20 +45,6 @@ def test_an_inner_site_is_calibrated_where_it_is_used(lab, folder, site):
     model = with_profile(lab.flux, "inner.safetensors")
     lab.sample(model, steps=28)
     assert lab.report(model)["site"] == profile.site and lab.report(model)["filled"] == 17
-
-
-def test_a_profile_of_another_predictor_or_range_is_told(lab, folder):
-    profiles.save("mine", calibrated(lab, taylor(lab.flux, 2)))
-    other = with_profile(lab.flux, "mine.safetensors", 1)
-    lab.sample(other, steps=28)
-    assert "solved for another predictor (newton 2)" in lab.report(other)["remark"]
-    stranger = with_profile(lab.sd3, "mine.safetensors", 2)
-    lab.sample(stranger, steps=28)
-    assert "measured on another model" in lab.report(stranger)["remark"] and lab.report(stranger)["filled"] >= 10
-    foreign = with_profile(lab.unet, "mine.safetensors", 2)
-    plain = lab.sample(lab.unet, steps=28)
-    assert torch.equal(lab.sample(foreign, steps=28), plain)
-    assert "does not fit, it was measured for sigmas from 1 to 0" in lab.report(foreign)["note"]
 
 
 @pytest.mark.parametrize("stage", ["full run", "checking", "ECAD"])
@@ -202,42 +123,6 @@ def test_with_a_negative_prompt_a_mask_and_a_batch(lab, folder, name):
     assert lab.report(model)["computed"] == 11
 
 
-def test_a_drift_that_the_profile_did_not_expect_is_told(lab, folder):
-    profile = calibrated(lab, taylor(lab.flux))
-    profiles.save("hopeful", dataclasses.replace(profile, about={**profile.about, "predicted_drift": 0.001}))
-    model = with_profile(lab.flux, "hopeful.safetensors")
-    lab.sample(model, steps=28)
-    assert "times what the profile expects (0.1 %); calibrate with a prompt like this" in lab.report(model)["remark"]
-
-
-def test_auto_takes_a_fitting_profile_before_the_preset(lab, folder):
-    def automatic(preset="Balanced", order=1, model=None):
-        model = with_profile(model or lab.flux, "auto", order, preset=preset)
-        lab.sample(model, steps=28)
-        return lab.report(model)
-
-    assert "drift budget" in automatic()["chose"]
-    profiles.save("order two", calibrated(lab, taylor(lab.flux, 2)))
-    profiles.save("other model", calibrated(lab, taylor(lab.sd3, 1)))
-    (folder / "broken.safetensors").write_bytes(b"nothing")
-    folder_paths.filename_list_cache.clear()
-    assert "drift budget" in automatic()["chose"]
-    mine = calibrated(lab, taylor(lab.flux, 1))
-    profiles.save("mine", mine)
-    report = automatic()
-    assert "profile mine" in report["chose"] and report["plan"]["cache"]["profile"] == "mine.safetensors"
-    assert tuple(e["index"] for e in report["trace"] if e["action"] == "computed") == mine.keys
-    safe, fast = automatic("Safe"), automatic("Fast")
-    assert safe["computed"] > len(mine.keys) > fast["computed"] and "profile mine" in fast["chose"]
-    assert "profile order two" in automatic(order=2)["chose"]
-    assert automatic("Off")["filled"] == 0
-    custom = automatic("Custom")
-    assert "drift budget" in custom["chose"] and custom["filled"] > 0
-    ancestral = with_profile(lab.flux, "auto", 1)
-    lab.sample(ancestral, steps=28, sampler="euler_ancestral")
-    assert "profile" not in lab.report(ancestral)["chose"]
-
-
 def test_further_statistics_are_kept_when_asked_for_and_nothing_watches_afterwards(lab, folder):
     plain = lab.sample(lab.flux, steps=28)
     bare = calibrated(lab, lab.flux)
@@ -299,54 +184,3 @@ def test_what_cannot_be_calibrated_is_one_sentence(lab, folder, options, sentenc
     with pytest.raises(SlipstreamError, match=r"^Calibrate: ") as caught:
         calibrated(lab, lab.flux, **options)
     assert sentence in str(caught.value)
-
-
-def test_names_and_missing_files(lab, folder):
-    profile = calibrated(lab, lab.flux)
-    for bad in ("../up", "a/b", "", ".hidden", "x\0y"):
-        with pytest.raises(SlipstreamError, match="is no file name"):
-            profiles.save(bad, profile)
-    for bad in ("nowhere.safetensors", "../../etc/passwd"):
-        with pytest.raises(SlipstreamError, match="there is no profile"):
-            with_profile(lab.flux, bad)
-    (folder / "broken.safetensors").write_bytes(b"nothing")
-    with pytest.raises(SlipstreamError, match="damaged"):
-        with_profile(lab.flux, "broken.safetensors")
-
-
-def test_h12_to_h15_profiles_between_runs(lab, folder):
-    """Other sizes and batches, the next queue, two clones with different profiles in turns: each as if alone."""
-    profiles.save("slow", calibrated(lab, taylor(lab.flux), speed_up=2.0))
-    profiles.save("quick", calibrated(lab, taylor(lab.flux), speed_up=3.5))
-    used = with_profile(lab.flux, "slow.safetensors")
-    for options in ({"size": (8, 24)}, {"batch": 2}, {"steps": 20}, {}):
-        fresh = with_profile(lab.flux, "slow.safetensors")
-        assert torch.equal(lab.sample(used, **{"steps": 28, **options}), lab.sample(fresh, **{"steps": 28, **options}))
-        assert lab.report(used)["filled"] >= 6
-    quick = with_profile(lab.flux, "quick.safetensors")
-    alone = [lab.sample(used, steps=28, cfg=3.0), lab.sample(quick, steps=28)]
-    for _ in range(2):
-        assert torch.equal(lab.sample(used, steps=28, cfg=3.0), alone[0])
-        assert torch.equal(lab.sample(quick, steps=28), alone[1])
-
-
-def test_h44_h47_h48_profiles_with_late_starts_masks_and_halves(lab, folder, split):
-    profiles.save("mine", calibrated(lab, taylor(lab.flux)))
-    used, latent = with_profile(lab.flux, "mine.safetensors"), lab.sample(lab.flux, seed=5)
-    mask = torch.zeros(1, 1, *SIZE)
-    mask[..., 2:6, 2:6] = 1.0
-    kept = mask.expand_as(latent) == 0
-    result = lab.sample(used, steps=28, latent=latent, noise_mask=mask)
-    assert torch.equal(result[kept], lab.sample(lab.flux, steps=28, latent=latent, noise_mask=mask)[kept])
-    assert lab.report(used)["filled"] == 17
-
-    def halves(model):
-        first = lab.sample(model, steps=28, last_step=14, force_full_denoise=False)
-        return lab.sample(model, steps=28, start_step=14, latent=first, disable_noise=True)
-
-    assert torch.equal(halves(used), halves(with_profile(lab.flux, "mine.safetensors")))
-    trace = lab.report(used)["trace"]
-    assert trace[0]["action"] == trace[-1]["action"] == "computed" and any(e["action"] != "computed" for e in trace)
-    batched = lab.sample(used, steps=28, cfg=3.0)
-    split()
-    assert relative(lab.sample(used, steps=28, cfg=3.0), batched) < 1e-5

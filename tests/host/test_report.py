@@ -212,7 +212,7 @@ def test_nothing_skipped_and_nan_are_said(lab, vae, out):
     asked = sampling(lab, lab.flux, steps=4)
     same = make(Connected(model=lab.fast(lab.flux, node="few"), sampling=asked, floors="fewer steps"))
     assert same["verdict"].startswith("Identical to the plain result (nothing is skipped: at 4 steps")
-    assert len(same["rows"]) == 2 and "cost as much as the plain one" in same["remarks"][-1]
+    assert len(same["rows"]) == 2 and "cost as much as the plain one" in " ".join(same["remarks"])
     broken = lab.latent(lab.flux, 2, SIZE)
     broken[0, 0, 0, 0] = math.nan
     told = make(Connected({"samples": broken}, {"samples": torch.rand_like(broken)}, vae=vae))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import struct
 
@@ -11,6 +12,7 @@ from safetensors.torch import save_file
 from slipstream.engine.calibration import profile as profiles
 from slipstream.engine.calibration.profile import KEY, Point, Profile, ProfileError
 from slipstream.engine.calibration.statistics import TrajectoryStatistics
+from slipstream.kernels import files
 
 
 def example(steps: int = 10, keys=(0, 1, 2, 5, 9)) -> Profile:
@@ -135,12 +137,15 @@ def test_h79_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
     example().save(path)
     before = path.read_bytes()
 
-    def full(self, data):
-        with self.open("wb") as file:
-            file.write(b"half")
-        raise OSError(28, "No space left on device")
+    def full(path, mode):
+        class Disk(io.FileIO):
+            def write(self, data):
+                super().write(b"half")
+                raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(type(path), "write_bytes", full)
+        return Disk(path, mode)
+
+    monkeypatch.setattr(files, "open", full, raising=False)
     with pytest.raises(OSError, match="No space"):
         example(keys=(0, 9)).save(path)
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["p.safetensors"]
