@@ -9,7 +9,7 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from ...kernels.reference import weighted_sum
+from ...kernels.reference import rounded, weighted_sum
 from .predictors import SAME_TIME, Predictor
 
 Value = Tensor | Sequence[Tensor]
@@ -121,7 +121,7 @@ class History:
         for column in zip(*self._snapshots, strict=True):
             used = [(t, w) for t, w in zip(column, weights, strict=True) if w] or [(column[-1], 0.0)]
             total = weighted_sum([t.read() for t, _ in used], [w for _, w in used])
-            sums.append(total.to(column[0].dtype))
+            sums.append(rounded(total, column[0].dtype))
         return tuple(sums)
 
     def clear(self) -> None:

@@ -138,7 +138,8 @@ class Rule:
     """One way to forecast.
 
     weights: (times, u, order, predictor) -> one weight per time, for 1 <= order <= most; kept, needed: snapshots that
-    are kept and that the first forecast needs, None: order + 1; shifted: whether only differences of times matter.
+    are kept and that the first forecast needs, None: order + 1; shifted: whether only differences of times matter;
+    scaled: whether the predictor's scale does.
     """
 
     weights: Callable[[Sequence[float], float, int, Predictor], list[float]]
@@ -146,13 +147,14 @@ class Rule:
     kept: int | None = None
     needed: int | None = None
     shifted: bool = True
+    scaled: bool = False
 
 
 RULES: dict[str, Rule] = {
     "reuse": Rule(lambda times, u, order, p: reuse(times, u), 0),
     "newton": Rule(lambda times, u, order, p: newton(times, u, order), 3),
     "taylorseer": Rule(lambda times, u, order, p: taylorseer(times, u, order), 3),
-    "hermite": Rule(lambda times, u, order, p: hermite(times, u, order, p.scale), 2),
+    "hermite": Rule(lambda times, u, order, p: hermite(times, u, order, p.scale), 2, scaled=True),
     "adams_bashforth": Rule(lambda times, u, order, p: adams_bashforth(times, u, order), 3),
     # A fit over the whole schedule wants more snapshots than it has coefficients; two are a line.
     "chebyshev": Rule(lambda times, u, order, p: chebyshev(times, u, order, p.steps), 4, 6, 2, shifted=False),

@@ -154,8 +154,9 @@ def resolve(
 
 
 def described(predictor: Predictor) -> str:
-    """A predictor as a profile names it."""
-    return f"{predictor.rule} {predictor.order}"
+    """A predictor as a profile names it: two of one name make the same forecasts."""
+    scale = f" scale {predictor.scale:g}" if RULES[predictor.rule].scaled else ""
+    return f"{predictor.rule} {predictor.order}{scale}{' per token' * predictor.per_token}"
 
 
 def _profiled(
@@ -234,7 +235,7 @@ def _predictor(config: PredictorConfig | None, sampler: Sampler, level: str, ste
         )
     if kind.per_token and not LEVELS[level].tokens:
         trouble = "the per-token predictor needs the blocks of a transformer; choose Taylor"
-    scale = config.scale if kind.rule == "hermite" else HERMITE_SCALE
+    scale = config.scale if RULES[kind.rule].scaled else HERMITE_SCALE
     return Predictor(kind.rule, order, scale, steps, kind.per_token), config.kind, trouble
 
 

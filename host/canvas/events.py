@@ -8,14 +8,15 @@ import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 
-from .strip import STRIPS
+from .strip import STRIPS, prompt_of
 
 log = logging.getLogger("slipstream")
 
 # Reports are plain numbers, a few kB each; this many nodes' last runs are kept for the Report node and for a reload.
 KEPT_REPORTS = 64
 
-_reports: OrderedDict[str, dict] = OrderedDict()
+# By workflow and node: every copy of a template has the same node ids.
+_reports: OrderedDict[tuple[str | None, str], dict] = OrderedDict()
 _lock = threading.Lock()
 
 
@@ -32,6 +33,12 @@ def server_of_host():
     return getattr(getattr(module, "PromptServer", None), "instance", None)
 
 
+def _workflow() -> str | None:
+    """The workflow whose prompt is being executed; None for a client that names none."""
+    server = server_of_host()
+    return None if server is None else prompt_of(server)[1]
+
+
 def evaluation(run, now) -> None:
     """Show on the canvas what became of one evaluation."""
     server = server_of_host()
@@ -43,13 +50,13 @@ def finished(run, report: dict) -> None:
     """Keep the report for its nodes, write one line to the log, and end their strips; clients without get a text."""
     text = summary(report)
     log.info("Slipstream: %s", text)
+    server, workflow = server_of_host(), _workflow()
     with _lock:
         for node in run.plan.node_ids:
-            _reports[node] = report
-            _reports.move_to_end(node)
+            _reports[workflow, node] = report
+            _reports.move_to_end((workflow, node))
         while len(_reports) > KEPT_REPORTS:
             _reports.popitem(last=False)
-    server = server_of_host()
     if server is None or not run.plan.node_ids:
         return
     numbers = {k: v for k, v in report.items() if k != "trace"}
@@ -72,9 +79,11 @@ def show(node_id: str, text: str) -> None:
 
 
 def last_report(plan) -> dict | None:
-    """The report of the last run in this process whose plan had one of these nodes; None where there was none."""
+    """The report of the last run of the workflow being executed whose plan had one of these nodes; None where there was
+    none."""
+    workflow = _workflow()
     with _lock:
-        found = [_reports[node] for node in plan.node_ids if node in _reports]
+        found = [_reports[workflow, node] for node in plan.node_ids if (workflow, node) in _reports]
     return found[-1] if found else None
 
 

@@ -125,7 +125,7 @@ class Strips:
 
     def _start(self, server, run) -> Strip:
         """A new strip for a run, which takes the place of its nodes' strips of earlier prompts."""
-        prompt, workflow = _prompt(server)
+        prompt, workflow = prompt_of(server)
         # In the order of their start, also across a restart of the server.
         self._last = max(self._last + 1, time.time_ns() // 1_000_000)
         clock = getattr(run, "clock", None)
@@ -226,7 +226,7 @@ def _running(server) -> list[tuple]:
     return look()[0] if look is not None else []
 
 
-def _prompt(server) -> tuple[str | None, str | None]:
+def prompt_of(server) -> tuple[str | None, str | None]:
     """The prompt being executed and the id of the workflow it was queued from; None for what the client left out."""
     prompt = getattr(server, "last_prompt_id", None)
     for item in _running(server):

@@ -247,6 +247,34 @@ def test_reports_of_finished_runs_are_bounded(lab):
     assert len(events._reports) == events.KEPT_REPORTS
 
 
+def test_a_report_belongs_to_its_workflow(lab, monkeypatch):
+    """Every copy of a template has the same node ids: the report of one tab must not be that of another's picture."""
+    asked = {"workflow": "first"}
+
+    class Server:
+        last_prompt_id, client_id = "p", "tab"
+        prompt_queue = property(lambda self: self)
+
+        def get_current_queue_volatile(self):
+            return [(0, "p", {}, {"extra_pnginfo": {"workflow": {"id": asked["workflow"]}}})], []
+
+        def send_progress_text(self, *_):
+            pass
+
+    numbers = dict.fromkeys(("evaluations", "filled", "computed", "seconds"), 0)
+    words = dict.fromkeys(("note", "remark", "chose", "sampler"), "")
+    plan = Plan(CacheConfig(node_id="5"))
+    monkeypatch.setattr(events, "server_of_host", Server)
+    monkeypatch.setattr(events.STRIPS, "finished", lambda *_: None)
+    for workflow in ("first", "second"):
+        asked["workflow"] = workflow
+        assert events.last_report(plan) is None
+        events.finished(type("Run", (), {"plan": plan, "evaluations": ()}), {**numbers, **words, "of": workflow})
+    for workflow in ("first", "second"):
+        asked["workflow"] = workflow
+        assert events.last_report(plan)["of"] == workflow
+
+
 def test_a_model_that_returns_nan_is_computed_and_reported_as_json(lab):
     """A forecast from NaN would spread it, and the browser cannot parse NaN or Infinity."""
     model = lab.fast(lab.flux, drift_budget=1.0)

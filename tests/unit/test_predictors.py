@@ -8,10 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from slipstream.engine.forecast.history import History
-from slipstream.engine.forecast.predictors import LEBESGUE_LIMIT, Predictor, newton, taylorseer
+from slipstream.engine.forecast.history import History, Storage
+from slipstream.engine.forecast.predictors import LEBESGUE_LIMIT, RULES, Predictor, newton, taylorseer
 from slipstream.engine.forecast.schedules import AccumulatedChange, Drift, DriftBudget, Interval, Trace, span
 from slipstream.engine.metrics import psnr, relative_error, relative_l1, ssim
+from slipstream.engine.run.recipe import described
 from slipstream.kernels.reference import weighted_sum
 
 gaps = st.lists(st.floats(0.3, 3.0), min_size=3, max_size=5)
@@ -141,3 +142,38 @@ def test_ssim_of_equal_and_of_unrelated_pictures():
     picture = torch.rand(1, 16, 16, 3)
     assert ssim(picture, picture) == pytest.approx(1.0)
     assert ssim(picture, torch.rand(1, 16, 16, 3)) < 0.5
+
+
+@given(gaps, st.floats(0.1, 9.0), st.data())
+def test_predictors_of_one_name_forecast_alike(steps, ahead, data):
+    """A profile is trusted by the name of the predictor that it was solved for."""
+    kinds = st.builds(
+        Predictor,
+        st.sampled_from(sorted(RULES)),
+        st.integers(0, 2),
+        st.sampled_from([0.5, 0.7]),
+        st.just(28),
+        st.booleans(),
+    )
+    one, other = data.draw(kinds), data.draw(kinds)
+    if described(one) == described(other):
+        times = times_from(steps)
+        u = times[-1] + ahead
+        assert one.weights(times, u) == other.weights(times, u) and one.per_token == other.per_token
+
+
+def test_the_name_tells_what_a_user_can_choose():
+    assert described(Predictor("newton", 1)) == "newton 1"  # as in profiles of before
+    names = {described(Predictor("hermite", 1, scale)) for scale in (0.5, 0.71)}
+    names |= {described(Predictor("taylorseer", 2, per_token=per_token)) for per_token in (False, True)}
+    assert len(names) == 4
+
+
+@pytest.mark.parametrize("storage", Storage)
+def test_h53_a_forecast_beyond_half_precision_is_its_largest_number_wherever_it_lies(storage):
+    history = History(2, storage)
+    for time, value in ((0.0, 20000.0), (1.0, 60000.0)):
+        history.push(time, (torch.full((2, 4), value, dtype=torch.float16),))
+    (forecast,), order = history.forecast(3.0, Predictor("newton", 1))
+    assert order == 1 and forecast.dtype == torch.float16
+    assert torch.equal(forecast, torch.full((2, 4), 65504.0, dtype=torch.float16))
