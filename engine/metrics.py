@@ -9,8 +9,12 @@ import torch
 from torch import Tensor
 
 
-def relative_l1(value: Tensor, reference: Tensor) -> Tensor:
-    """`mean|value - reference| / mean|reference|` per row, shape [B]; 0 / 0 is 0, anything else over 0 is infinite."""
+def relative_l1(value: Tensor, reference: Tensor, dim: int = 0) -> Tensor:
+    """`mean|value - reference| / mean|reference|` per row, shape [B]; 0 / 0 is 0, anything else over 0 is infinite.
+
+    dim: where the rows are, of size B.
+    """
+    value, reference = value.movedim(dim, 0), reference.movedim(dim, 0)
     rows = reference.shape[0]
     difference = (value.float() - reference.float()).abs().reshape(rows, -1).mean(1)
     size = reference.float().abs().reshape(rows, -1).mean(1)
@@ -18,10 +22,10 @@ def relative_l1(value: Tensor, reference: Tensor) -> Tensor:
     return torch.where((size == 0) & (difference == 0), torch.zeros_like(ratio), ratio)
 
 
-def worst_relative_l1(values: Sequence[Tensor], references: Sequence[Tensor]) -> Tensor:
+def worst_relative_l1(values: Sequence[Tensor], references: Sequence[Tensor], dim: int = 0) -> Tensor:
     """The largest `relative_l1` over all rows of all pairs, a scalar tensor on the first pair's device."""
     device = values[0].device
-    return torch.stack([relative_l1(v, r).max().to(device) for v, r in zip(values, references, strict=True)]).max()
+    return torch.stack([relative_l1(v, r, dim).max().to(device) for v, r in zip(values, references, strict=True)]).max()
 
 
 def relative_error(value: Tensor, reference: Tensor) -> float:

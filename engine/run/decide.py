@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..forecast.predictors import SAME_TIME, Predictor
-from ..forecast.schedules import Probe, Schedule, Trace
+from ..forecast.schedules import Probe, Trace
 from ..metrics import worst_relative_l1
 from ..sites.calls import Keys, Parts
 from .evaluation import FIRST, LAST, SCHEDULE, Evaluation, Open
@@ -78,14 +78,16 @@ def grid_step(u: float) -> int | None:
     return step if abs(u - step) < SAME_TIME else None
 
 
-def gate(
-    schedule: Schedule, trace: Trace, streams: Streams, opened: Open, keys: Keys, probes: list[Parts] | None
-) -> None:
+def gate(given: Given, trace: Trace, streams: Streams, opened: Open, keys: Keys, probes: list[Parts] | None) -> None:
     """Let the probe decide: the cond that the host evaluates first decides for all, its worst row counts.
 
     The first alone, because the host puts the same one first whether it evaluates them in one call or in several.
     """
+    schedule = given.schedule
+    assert schedule is not None
     now, kind = opened.now, schedule.probe
+    # what TeaCache looks at begins with the batch in every family
+    dim = given.recipe.batch_dim if kind in (Probe.RESIDUAL, Probe.FORECAST) else 0
     change = None
     if not opened.gated and probes:
         history = streams.probes.get(keys[0])
@@ -95,7 +97,7 @@ def gate(
             else:
                 reference = history.newest
             if [t.shape for t in reference] == [t.shape for t in probes[0]]:
-                change = worst_relative_l1(probes[0], reference)
+                change = worst_relative_l1(probes[0], reference, dim)
     if kind in (Probe.MODULATED, Probe.EMBEDDING):
         streams.see(now.u, keys, probes or [])
     if opened.gated:

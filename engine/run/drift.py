@@ -46,14 +46,14 @@ class Input:
 
 
 def measured(
-    history: History, predictor: Predictor, u: float, parts: Parts, base: Parts | None
+    history: History, predictor: Predictor, u: float, parts: Parts, base: Parts | None, dim: int = 0
 ) -> tuple[Tensor, int, float]:
     """(relative L1 of the forecast for u against the true parts, its order, its span), nothing read from the device.
 
-    base: what a residual is added to, where the sum is what counts.
+    base: what a residual is added to, where the sum is what counts; dim: where the pictures of a batch are.
     """
     forecast, order = history.forecast(u, predictor)
-    return _change(forecast, parts, base), order, span(history.times, u, order)
+    return _change(forecast, parts, base, dim), order, span(history.times, u, order)
 
 
 def learn(trace: Trace, opened: Open, earlier: Sequence[Evaluation], moved: float | None, anchors: int) -> None:
@@ -96,13 +96,13 @@ def _largest(values: Sequence[Tensor]) -> float:
     return max(v if math.isfinite(v) else math.inf for v in (float(t) for t in values))
 
 
-def _change(value: Parts, reference: Parts, base: Parts | None) -> Tensor:
+def _change(value: Parts, reference: Parts, base: Parts | None, dim: int) -> Tensor:
     """Worst relative L1 of value against reference; against reference + base where the sum is what counts."""
     if base is None:
-        return worst_relative_l1(value, reference)
+        return worst_relative_l1(value, reference, dim)
     whole = [r + b for r, b in zip(reference, base, strict=True)]
     moved = [v + b for v, b in zip(value, base, strict=True)]
-    return worst_relative_l1(moved, whole)
+    return worst_relative_l1(moved, whole, dim)
 
 
 def movement(x: Tensor, previous: Tensor) -> float:

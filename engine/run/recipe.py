@@ -47,7 +47,11 @@ PRESET_NAMES = ("Safe", "Balanced", "Fast")
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """What a run does. refusal: why it skips nothing, empty where it may; chose: one line for the node."""
+    """What a run does.
+
+    refusal: why it skips nothing, empty where it may; chose: one line for the node; batch_dim: where the pictures of a
+    batch are in what is stored.
+    """
 
     level: str
     first: int
@@ -60,6 +64,7 @@ class Recipe:
     family: str = ""
     method: str = ""
     kind: str = ""
+    batch_dim: int = 0
 
     @property
     def chose(self) -> str:
@@ -149,7 +154,7 @@ def resolve(
     residual = plan.predictor is not None and KINDS[plan.predictor.kind].residual and not sampler.stochastic
     return Recipe(
         level, first, schedule, predictor, cache, residual and level == MODEL_OUTPUT, refusal, remark, row.name,
-        method, kind,
+        method, kind, row.batch_dim if LEVELS[level].blocks else 0,
     )  # fmt: skip
 
 

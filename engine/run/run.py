@@ -168,7 +168,7 @@ class Run:
         """
         opened, schedule = self._opened(), self.given.schedule
         if schedule is not None and schedule.probe is not None:
-            decide.gate(schedule, self.trace, self.streams, opened, keys, probes)
+            decide.gate(self.given, self.trace, self.streams, opened, keys, probes)
         histories = self.streams.stored(keys)
         if not opened.fills or histories is None:
             return None
@@ -203,6 +203,7 @@ class Run:
                     self.recorder.push(now.u, key, parts, self._input.newest)
         if schedule is None or self.note:
             return
+        dim = self.recipe.batch_dim
         with self.streams.lock:
             for i, (key, parts) in enumerate(zip(keys, chunks, strict=True)):
                 probe = None if probes is None else probes[i]
@@ -216,9 +217,9 @@ class Run:
                     opened.reshaped = True
                 if len(history):
                     whole = None if base is None else base[i]
-                    opened.drifts.append(measured(history, self.given.predictor, now.u, parts, whole))
+                    opened.drifts.append(measured(history, self.given.predictor, now.u, parts, whole, dim))
                     if schedule.needs_input_change:
-                        opened.changes.append(worst_relative_l1(history.newest, parts))
+                        opened.changes.append(worst_relative_l1(history.newest, parts, dim))
                 history.push(now.u, parts, owned)
                 if probe is not None:
                     self.streams.push_probe(now.u, key, probe, owned)

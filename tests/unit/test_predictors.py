@@ -8,11 +8,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from slipstream.engine.families import ROWS
 from slipstream.engine.forecast.history import History, Storage
 from slipstream.engine.forecast.predictors import LEBESGUE_LIMIT, RULES, Predictor, newton, taylorseer
 from slipstream.engine.forecast.schedules import AccumulatedChange, Drift, DriftBudget, Interval, Trace, span
 from slipstream.engine.metrics import psnr, relative_error, relative_l1, ssim
-from slipstream.engine.run.recipe import described
+from slipstream.engine.run.drift import measured
+from slipstream.engine.run.plan import CacheConfig, Plan, check_cache
+from slipstream.engine.run.recipe import described, resolve
+from slipstream.engine.run.samplers import Sampler
 from slipstream.kernels.reference import weighted_sum
 
 gaps = st.lists(st.floats(0.3, 3.0), min_size=3, max_size=5)
@@ -83,6 +87,23 @@ def test_h52_zero_denominators():
     assert relative_l1(one, zero).tolist() == [math.inf, math.inf]
     assert relative_error(zero, zero) == 0.0 and relative_error(one, zero) == math.inf
     assert psnr(zero, zero) == math.inf and psnr(one, zero) == -math.inf
+
+
+def test_drift_is_of_a_picture_and_not_of_a_frame():
+    """Cosmos has the batch behind the frames: one of eight that is off by half is a drift of a sixteenth."""
+    frames = torch.ones(8, 4, 4, 2, 3)
+    wrong = frames.clone()
+    wrong[3, :, :, 1] *= 1.5
+    assert relative_l1(wrong, frames, 3).tolist() == pytest.approx([0.0, 0.5 / 8])
+    row = next(row for row in ROWS if row.name == "Cosmos")
+    for site, dim in (("block stack", 3), ("last block", 3), ("model output", 0)):
+        plan = Plan(check_cache(CacheConfig("Custom", site=site)))
+        recipe = resolve(plan, Sampler("euler"), row, (1.0, 0.5, 0.0))
+        assert recipe.batch_dim == dim
+        history = History(1)
+        history.push(0.0, (wrong,))
+        drift, *_ = measured(history, Predictor("reuse", 0), 1.0, (frames,), None, recipe.batch_dim)
+        assert float(drift) == pytest.approx(0.5 / 8 if dim else 0.25)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
