@@ -14,7 +14,6 @@ from ..engine.calibration.profile import Profile
 from ..engine.errors import SlipstreamError
 from ..engine.families import Architecture, architecture_of
 from ..engine.run.clock import Clock
-from ..engine.run.decide import why_nothing
 from ..engine.run.given import Given
 from ..engine.run.plan import CacheConfig, CompensatorConfig, Plan, PredictorConfig, check_cache
 from ..engine.run.recipe import described, lacks, level_of, resolve
@@ -37,7 +36,7 @@ from .quantise.precision import precision_of
 log = logging.getLogger("slipstream")
 
 # Under which the host keeps the model's copies on further cards (MultiGPU CFG Split).
-CARDS = "multigpu"
+COPIES = "multigpu"
 
 # What a plan without cache and predictor runs with: everything is computed and counted.
 _NO_CACHE = check_cache(CacheConfig(preset="Off"))
@@ -182,20 +181,20 @@ def open_run(guider, args: tuple, kwargs: dict) -> Run:
     cache = recipe.cache
     given = Given(
         plan=plan, clock=clock, sampler=traits, recipe=recipe,
-        memory=Memory(cache.cache_device, cache.memory_budget_mb),
         window=tuple(float(sampling.percent_to_sigma(p)) for p in (cache.start_percent, cache.end_percent)),
         percent_to_sigma=sampling.percent_to_sigma,
         timestep_of=lambda sigma: float(sampling.timestep(torch.tensor([sigma]))),
         model=type(patcher.model).__name__, precision=precision_of(patcher),
         expected_drift=None if profile is None else profile.about.get("predicted_drift"),
-        recorder=patcher.get_attachment(RECORDER),
     )  # fmt: skip
-    note = "there is no Cache Loader, so every step is computed" if alone else why_nothing(given)
-    if not note and recipe.schedule.probe is not None and patcher.get_additional_models_with_key(CARDS):
-        note = (
+    memory = Memory(cache.cache_device, cache.memory_budget_mb)
+    run = Run(given, memory, patcher.get_attachment(RECORDER), events.evaluation)
+    if alone:
+        run.note = "there is no Cache Loader, so every step is computed"
+    elif not run.note and recipe.schedule.probe is not None and patcher.get_additional_models_with_key(COPIES):
+        run.note = (
             f"nothing is skipped: the {recipe.method} lets one prompt decide for all, and on several GPUs the "
             "prompts are evaluated at the same time; choose the drift budget"
         )
-    run = Run(given, note, events.evaluation)
     run.compensator = compensator_of(plan, patcher, clock, traits, flow, profile, patcher.get_attachment(FIT))
     return run

@@ -7,7 +7,7 @@ it, and how a model is rid of it. An attachment that has put more on a patcher t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +33,7 @@ class Part:
 
     key: of its attachment and its OUTER_SAMPLE wrapper; node: the id of the node that puts it on; entry, config, check:
     its name in a Plan, the class of that entry, and what completes it or raises SlipstreamError, where a run has it;
-    order: of its wrapper, below 0 before those of other packs, the lowest first; 0 where it was put.
+    order: of its wrapper, below 0 before those of other packs and above 0 behind, the lowest first; 0 where it was put.
     """
 
     key: str
@@ -59,8 +59,9 @@ PARTS = (
 )
 
 # The classes of a plan's entries, as `Plan.from_json` wants them.
-KINDS: dict[str, type] = {part.entry: part.config for part in PARTS if part.config is not None}
+ENTRIES: dict[str, type] = {part.entry: part.config for part in PARTS if part.config is not None}
 
+KEYS = tuple(dict.fromkeys(part.key for part in PARTS))
 _ORDER = {part.key: part.order for part in PARTS}
 
 
@@ -70,7 +71,11 @@ def part_of(config: object) -> Part:
 
 
 def put_on(patcher, key: str, attachment: object = None, sample: Callable | None = None) -> None:
-    """Put a part on this patcher in the place of what it has under the key. sample: its OUTER_SAMPLE wrapper."""
+    """Put a part on this patcher.
+
+    attachment: in the place of the one it has, None leaves that; sample: its OUTER_SAMPLE wrapper in the place of the
+    one it has, None takes that away.
+    """
     if attachment is not None:
         patcher.set_attachments(key, attachment)
     patcher.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, key)
@@ -83,12 +88,9 @@ def put_on(patcher, key: str, attachment: object = None, sample: Callable | None
     wrappers.update(ordered)
 
 
-def take_off(patcher, *keys: str) -> None:
-    """Rid this patcher of these parts, of all where none is named.
-
-    Patched forwards may stay: without a run they are the layer itself.
-    """
-    for key in keys or dict.fromkeys(part.key for part in PARTS):
+def take_off(patcher, keys: Iterable[str] = KEYS) -> None:
+    """Rid this patcher of these parts. Patched forwards may stay: without a run they are the layer itself."""
+    for key in keys:
         leave = getattr(patcher.get_attachment(key), "take_off", None)
         if leave is not None:
             leave(patcher)

@@ -20,7 +20,6 @@ from triton.experimental.gluon import language as gl
 
 from .gemm import epilogue
 
-CAPABILITIES = ((8, 0), (8, 6), (8, 7), (8, 9))
 BM, BN = 128, 128
 
 MMA = gl.constexpr("""{

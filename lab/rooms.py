@@ -112,7 +112,7 @@ def draw(path: Path) -> None:
     axes.set_ylim(bottom, top)
     axes.axis("off")
     for a, targets in reduced(graph).items():
-        for b in targets:
+        for b in sorted(targets):
             style = {"arrowstyle": "->", "color": "#8899a6", "lw": 0.9, "shrinkA": 11, "shrinkB": 11}
             axes.annotate("", place[b], place[a], arrowprops=style)
     for name, (x, y) in place.items():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import dataclass
 
 import comfy.controlnet
@@ -12,6 +14,7 @@ import pytest
 import torch
 from sampling import SIZE
 from slipstream.demo import emoji
+from slipstream.host import model as patcher
 
 
 @dataclass(frozen=True)
@@ -211,3 +214,24 @@ class Counted:
     def __exit__(self, *_):
         for hook in self._hooks:
             hook.remove()
+
+
+def outliving(lab, model, monkeypatch) -> list:
+    """The runs of one sampling that are still there after it, with the garbage collector off."""
+    runs, opened = [], patcher.Run
+
+    def kept(*args, **kwargs):
+        run = opened(*args, **kwargs)
+        runs.append(weakref.ref(run))
+        return run
+
+    with monkeypatch.context() as patch:
+        patch.setattr(patcher, "Run", kept)
+        gc.collect()
+        gc.disable()
+        try:
+            lab.sample(model)
+            assert len(runs) == 1
+            return [run() for run in runs if run() is not None]
+        finally:
+            gc.enable()

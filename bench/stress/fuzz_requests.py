@@ -231,7 +231,7 @@ class Plans(Target):
 
     def case(self, rng: Random) -> Case:
         from slipstream.engine.run.plan import CacheConfig, CompensatorConfig, Plan, PredictorConfig
-        from slipstream.host.parts import KINDS
+        from slipstream.host.parts import ENTRIES
         from slipstream.host.profiles import folder as profiles
         from slipstream.host.quantise import save as quant_files
         from slipstream.quant.policy import Policy, parse_overrides, plan
@@ -243,7 +243,7 @@ class Plans(Target):
 
         def run() -> None:
             if way == 0 and isinstance(tree, dict):
-                Plan.from_json(tree, KINDS)
+                Plan.from_json(tree, ENTRIES)
             elif way == 1:
                 _, path = quant_files.target(name, "Save Quantized Model")
                 assert path.resolve().is_relative_to(Path(folder_paths.models_dir).resolve()) or any(

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from .evaluation import COMPUTED, FIRST, LAST, SCHEDULE, Evaluation
 from .given import Given
+from .streams import Streams
 
 # A drift that differs from a profile's by more than this factor is told.
 FAR_OFF = 2.0
@@ -19,6 +20,7 @@ class Accounted(Protocol):
     """What the account needs of a run."""
 
     given: Given
+    streams: Streams
     evaluations: list[Evaluation]
     compensator: Any
     note: str
@@ -59,7 +61,7 @@ def report(run: Accounted) -> dict:
         "drift_mean": sum(drifts) / len(drifts) if drifts else None,
         "drift_max": max(drifts) if drifts else None,
         "cache_bytes": run.peak_bytes,
-        "cache_place": ", ".join(sorted(given.memory.places)),
+        "cache_place": ", ".join(sorted(run.streams.memory.places)),
         "site": run.level,
         "family": given.recipe.family,
         "chose": "" if run.note else given.recipe.chose,

@@ -8,7 +8,6 @@ from typing import Protocol
 
 import torch
 
-from ..calibration.recorder import Recorder
 from ..forecast.history import Storage
 from ..forecast.predictors import Predictor
 from ..forecast.schedules import Probe, Schedule
@@ -45,14 +44,12 @@ class Given:
     clock: Clock
     sampler: Sampler
     recipe: Recipe
-    memory: Memory
     window: tuple[float, float]
     percent_to_sigma: Callable[[float], float]
     timestep_of: Callable[[float], float]
     model: str = ""
     precision: str = ""
     expected_drift: object = None
-    recorder: Recorder | None = None
 
     @property
     def cache(self) -> CacheConfig:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..calibration.recorder import Recorder
 from ..forecast.schedules import BlockMask, Probe, Trace
 from ..metrics import worst_relative_l1
 from ..sites.calls import Keys, Parts
@@ -17,7 +18,7 @@ from .block_residuals import BlockResiduals
 from .conditions import active_conditioning
 from .drift import Input, learn, measured
 from .evaluation import COMPUTED, FORECAST, REUSED, Evaluation, Open
-from .given import Given
+from .given import Given, Memory
 from .streams import NoRoom, Streams
 
 
@@ -25,20 +26,26 @@ class Run:
     """All state of one sampling run. Nothing of it outlives `close`, but the report.
 
     note: why nothing is skipped, empty where it may be; level: where the network is met, None until the model output
-    is found; tell: called with the run and each evaluation that has ended.
+    is found; recorder: of a calibration that watches; tell: called with the run and each evaluation that has ended.
     """
 
-    def __init__(self, given: Given, note: str = "", tell: Callable[[Run, Evaluation], None] | None = None):
+    def __init__(
+        self,
+        given: Given,
+        memory: Memory,
+        recorder: Recorder | None = None,
+        tell: Callable[[Run, Evaluation], None] | None = None,
+    ):
         self.given = given
         self.plan, self.clock, self.sampler, self.recipe = given.plan, given.clock, given.sampler, given.recipe
-        self.recorder, self.precision = given.recorder, given.precision
-        self.note = note or decide.why_nothing(given)
+        self.recorder, self.precision = recorder, given.precision
+        self.note = decide.why_nothing(given)
         self.level: str | None = None if self.recipe.level == MODEL_OUTPUT else self.recipe.level
         self.form: type | None = None  # list or tuple where the model returns several tensors
         self.inner: Any = None  # the block or U-Net site, where the plan asks for one
         self.compensator: Any = None
         self.trace = Trace(self.clock.steps)
-        self.streams = Streams(given)
+        self.streams = Streams(given, memory)
         self.evaluations: list[Evaluation] = []
         self.open: Open | None = None
         self.peak_bytes = 0
@@ -261,7 +268,7 @@ class Run:
         if self.compensator is not None:
             self.compensator.close()
         self._input.close()
-        self.open = self.inner = self.recorder = None
+        self.open = self.inner = self.recorder = self._blocks = None
 
     def report(self) -> dict:
         """Numbers of the run so far, plain JSON data."""

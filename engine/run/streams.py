@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from ..forecast.history import History, Storage
-from ..forecast.predictors import Predictor
 from ..forecast.schedules import Probe
 from ..forecast.token_select import candidates, choose, combine
 from ..sites.calls import Key, Keys, Parts
@@ -27,9 +26,8 @@ class NoRoom(Exception):
 class Streams:
     """The histories of one run and of what its gate looks at. The host may call from several threads at once."""
 
-    def __init__(self, given: Given):
-        self.predictor = given.predictor
-        self.memory: Memory = given.memory
+    def __init__(self, given: Given, memory: Memory):
+        self.predictor, self.memory = given.predictor, memory
         self.probe = given.probe
         self.lock = threading.Lock()
         self.histories: dict[Key, History] = {}
@@ -112,8 +110,7 @@ class Streams:
 
     def orders(self, histories: list[History], u: float) -> list[int]:
         """The orders of the forecasts for time u."""
-        predictor: Predictor = self.predictor
-        return [predictor.weights(history.times, u)[1] for history in histories]
+        return [self.predictor.weights(history.times, u)[1] for history in histories]
 
     def forget(self) -> None:
         """Drop every snapshot and what was planned for them."""

@@ -187,7 +187,7 @@ class Pending:
         return self  # clones share it
 
     def put_on(self, patcher) -> None:
-        """Let this patcher wait; ahead of all other wrappers, so that no cache's run is open when we measure."""
+        """Let this patcher wait; ahead of any cache, so that no run of one is open when we measure."""
         put_on(patcher, QUANTISED, self, self.sample)
 
     def sample(self, executor, *args, **kwargs):

@@ -172,7 +172,7 @@ def segments_of(model) -> tuple[Segment, ...]:
 def without_switch(model):
     """A clone of the model as it was before any switch node."""
     clone = model.clone()
-    take_off(clone, SWITCH)
+    take_off(clone, (SWITCH,))
     return clone
 
 

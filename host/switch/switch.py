@@ -197,7 +197,8 @@ class SwitchedRun:
         original = self.guider.model_options
         options = self.guider.model_options = comfy.model_patcher.create_model_options_clone(original)
         wrappers = options.setdefault("transformer_options", {}).setdefault("wrappers", {})
-        wrappers[WrappersMP.PREDICT_NOISE] = {SWITCH: [self._predict], **wrappers.get(WrappersMP.PREDICT_NOISE, {})}
+        others = wrappers.get(WrappersMP.PREDICT_NOISE, {})
+        wrappers[WrappersMP.PREDICT_NOISE] = {SWITCH: [], **others} | {SWITCH: [self._predict]}  # before all others
         run_on = lambda: executor(*args, **kwargs)  # noqa: E731  the innermost of several
         for view in reversed(self.views):
             if view is not None:

@@ -12,7 +12,7 @@ import folder_paths
 import pytest
 import torch
 from sampling import SIZE, relative
-from scenes import controlled, guided, scheduled
+from scenes import controlled, guided, outliving, scheduled
 from slipstream.demo import emoji
 from slipstream.engine.calibration.profile import Profile
 from slipstream.engine.calibration.statistics import TrajectoryStatistics
@@ -82,6 +82,10 @@ def masked(model, rows: torch.Tensor, node: str = "1", file: str = "mask", **cac
     """The model through a Cache Loader with a profile of this table."""
     profiles.save(file, profile_of(model, rows, steps=len(rows)))
     return patcher.add_cache(model, CacheConfig(node_id=node, profile=f"{file}.safetensors", **cache))
+
+
+def test_h07_a_run_ends_when_the_sampler_does(lab, folder, monkeypatch):
+    assert not outliving(lab, masked(lab.flux, table(lab.flux)), monkeypatch)
 
 
 class Ran:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
 from sampling import relative
+from scenes import outliving
 from slipstream.demo import emoji
 from slipstream.engine.errors import SlipstreamError
 from slipstream.engine.forecast.history import History
@@ -127,6 +128,12 @@ def test_h06_a_run_that_cannot_be_attached_leaves_the_guider_as_it_was(lab, monk
     with pytest.raises(AttributeError, match="without blocks"), torch.inference_mode():
         guider.sample(latent, latent, comfy.samplers.sampler_object("euler"), sigmas, disable_pbar=True)
     assert len(given) == 2 and given[0] is given[1]
+
+
+@pytest.mark.parametrize("site", ["model output", "block stack"])
+def test_h07_a_run_ends_when_the_sampler_does(lab, site, monkeypatch):
+    """Without waiting for the garbage collector: a run holds what the host samples with, and a circle would keep it."""
+    assert not outliving(lab, lab.every(lab.flux, site=site), monkeypatch)
 
 
 @pytest.mark.parametrize("ending", ["finished", "cancelled"])

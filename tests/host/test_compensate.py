@@ -31,7 +31,7 @@ from slipstream.host.calibrate.job import Job, Wish
 from slipstream.host.canvas import events
 from slipstream.host.compensate.reference import LargeModel
 from slipstream.host.model import add_cache, add_compensator, plan_of
-from slipstream.host.parts import KINDS
+from slipstream.host.parts import ENTRIES
 from slipstream.host.profiles import folder as profiles
 from slipstream.host.quantise.choose import QuantWish
 from slipstream.host.quantise.loras import quantised_modules
@@ -146,7 +146,7 @@ def test_what_cannot_be_done_is_said(lab, flux4):
         with pytest.raises(SlipstreamError, match=r"^Error Compensator: .*\.$"):
             check_compensator(CompensatorConfig(**wrong))
     plan = plan_of(model)
-    assert Plan.from_json(plan.as_json(), KINDS) == plan and plan.node_ids == ("e",)
+    assert Plan.from_json(plan.as_json(), ENTRIES) == plan and plan.node_ids == ("e",)
 
 
 def test_an_error_at_an_anchor_leaves_the_layers_as_they_are(lab, flux4):

@@ -17,7 +17,7 @@ from slipstream.host import attach
 from slipstream.host import model as patcher
 from slipstream.host.canvas import events
 from slipstream.host.memory import Memory
-from slipstream.host.parts import KINDS
+from slipstream.host.parts import ENTRIES
 
 
 def lora(model, strength=1.0):
@@ -145,9 +145,9 @@ def test_bad_predictor_input(lab):
 
 def test_a_plan_survives_json():
     plan = Plan(CacheConfig("Fast", node_id="3"), PredictorConfig("Reuse"))
-    assert Plan.from_json(plan.as_json(), KINDS) == plan
+    assert Plan.from_json(plan.as_json(), ENTRIES) == plan
     with pytest.raises(SlipstreamError, match="update the pack"):
-        Plan.from_json({"warp": {}}, KINDS)
+        Plan.from_json({"warp": {}}, ENTRIES)
 
 
 class FakeExecutor:
@@ -210,12 +210,11 @@ def test_models_that_return_several_tensors():
         clock=Clock(sigmas),
         sampler=sampler,
         recipe=resolve(plan, sampler, UNKNOWN, sigmas),
-        memory=Memory(),
         window=(10.0, 0.0),
         percent_to_sigma=lambda percent: 10.0 * (1 - percent),
         timestep_of=lambda sigma: sigma,
     )
-    run = Run(given)
+    run = Run(given, Memory())
     model, x = ListModel(run), [torch.ones(2, 3, 4), torch.ones(2, 5)]
     for sigma in sigmas[:-1]:
         options = {"sigmas": torch.tensor([sigma]), "cond_or_uncond": [1, 0], "uuids": ["n", "p"]}

@@ -14,8 +14,12 @@ from collections import Counter
 from urllib.parse import urlsplit
 
 import pytest
-import tomllib
 from shipped import ROOT, shipped
+
+try:
+    import tomllib
+except ImportError:  # Python 3.10, where pytest brings this
+    import tomli as tomllib
 
 SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PROJECT, COMFY = SETTINGS["project"], SETTINGS["tool"]["comfy"]

@@ -76,14 +76,35 @@ def test_halls_are_small_and_files_are_short():
 def test_every_part_is_of_a_node_with_inputs_under_contract_and_rows_of_hazards():
     contract = json.loads((ROOT / "tests" / "unit" / "contract.json").read_text())
     assert {part.node for part in PARTS} <= set(contract) == set(schemas())
-    direct = [path for path in (ROOT / "host").rglob("*.py") if "set_attachments(" in path.read_text(encoding="utf-8")]
-    assert direct == [ROOT / "host" / "parts.py"]
+
+
+# Who puts what on a patcher. What stands here beside the register is taken off by an attachment's own `take_off`, or
+# is nothing without a run: patched forwards, callbacks that look for what is attached, the report's watch on a clone.
+PUTTERS = {
+    "set_attachments(": {"parts.py"},
+    "add_wrapper_with_key(": {"parts.py", "attach.py", "report/runs.py"},
+    "add_object_patch(": {"model.py", "quantise/placed.py"},
+    "add_callback_with_key(": {"model.py", "quantise/placed.py", "quantise/quantise.py", "quantise/load.py"},
+    "set_model_": set(),
+}
+
+
+@pytest.mark.parametrize("call", PUTTERS)
+def test_only_the_register_and_who_is_named_here_puts_something_on_a_model(call):
+    host = ROOT / "host"
+    found = {str(p.relative_to(host)) for p in host.rglob("*.py") if call in p.read_text(encoding="utf-8")}
+    assert found == PUTTERS[call]
 
 
 def test_the_hazards_have_a_column_for_every_node_that_puts_a_part_on():
     columns = " ".join(NODES.values())
-    names = {node.GET_SCHEMA().node_id: node.GET_SCHEMA().display_name for node in listed()}
-    assert all(any(word in columns for word in (names[part.node], names[part.node].split(" (")[0])) for part in PARTS)
+    names = {node.GET_SCHEMA().node_id: node.GET_SCHEMA().display_name.split(" (")[0] for node in listed()}
+    assert not {names[part.node] for part in PARTS if names[part.node] not in columns}
+
+
+def test_parts_of_one_key_are_sampled_at_one_place():
+    orders = {(part.key, part.order) for part in PARTS}
+    assert len(orders) == len({key for key, _ in orders})
 
 
 def listed() -> list:
