@@ -18,6 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = ("nodes", "host", "engine", "quant", "kernels")
 HALLS = ("host", "engine")
+ARROW = {"arrowstyle": "->", "color": "#8899a6", "lw": 0.9, "shrinkA": 11, "shrinkB": 11}
 COLOURS = {"nodes": "#E8E0F0", "host": "#D9E8F6", "engine": "#DDEFE0", "quant": "#FBE9D0", "kernels": "#F3D9D9"}
 
 
@@ -101,7 +102,8 @@ def draw(path: Path) -> None:
         leans = {n: [place[t][0] for t in graph[n]] for n in rows[floor]}
         names = sorted(rows[floor], key=lambda n: (sum(leans[n]) / len(leans[n]) if leans[n] else 0.5, n))
         for i, name in enumerate(names):
-            place[name] = ((i + 0.5) / len(names), floor)
+            # one above another stand a little apart, so that no arrow runs behind a room that it does not lead to
+            place[name] = ((i + 0.5) / len(names) + (0.07 if floor % 2 else -0.07) / len(names), floor)
     for i, name in enumerate(tools):
         place[name] = ((i % 5 + 0.5) / 5, -1 - 0.6 * (i // 5))
     top, bottom = max(rows) + 0.5, min(y for _, y in place.values()) - 0.5
@@ -113,8 +115,8 @@ def draw(path: Path) -> None:
     axes.axis("off")
     for a, targets in reduced(graph).items():
         for b in sorted(targets):
-            style = {"arrowstyle": "->", "color": "#8899a6", "lw": 0.9, "shrinkA": 11, "shrinkB": 11}
-            axes.annotate("", place[b], place[a], arrowprops=style)
+            bent = 0.0 if place[a][1] - place[b][1] == 1 else -0.25 if place[b][0] > 0.5 else 0.25
+            axes.annotate("", place[b], place[a], arrowprops={**ARROW, "connectionstyle": f"arc3,rad={bent}"})
     for name, (x, y) in place.items():
         folder = is_folder(name)
         text = name.replace(".", "/") + ("/" if folder else ".py")
