@@ -527,7 +527,7 @@ def test_memory_is_the_host_s_to_manage_and_its_seconds_are_told(lab, memory):
     here = []
 
     def loaded(step, *_):
-        models = [m.model.model for m in comfy.model_management.current_loaded_models]
+        models = [m.model.model for m in comfy.model_management.current_loaded_models if m.model is not None]
         here.append((first.model in models, second.model in models))
 
     plain = lab.sample(switch(unet(1), unet(2)), **SMALL)
