@@ -15,9 +15,9 @@ import pytest
 import slipstream
 from slipstream.demo import nodes as demo_nodes
 from slipstream.demo.templates import templates
-from slipstream.lab import workflow
 
 import nodes
+from lab import workflow
 
 FOLDER = Path(templates.FOLDER)
 FILES = sorted(FOLDER.glob("*.json"))

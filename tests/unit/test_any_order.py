@@ -32,7 +32,7 @@ def twice(modules: dict[str, types.ModuleType]) -> set[str]:
     for module in list(modules.values()):
         file = getattr(module, "__file__", None) or ""
         known = file == str(ROOT / "__init__.py") or os.path.basename(file).startswith("test_")
-        ours = file.startswith(str(ROOT) + os.sep) and not file.startswith((str(ROOT / ".dev"), str(ROOT / "lab")))
+        ours = file.startswith(str(ROOT) + os.sep) and not file.startswith(str(ROOT / ".dev"))
         if ours and not known:
             copies.setdefault(file, set()).add(id(module))
     return {file for file, ids in copies.items() if len(ids) > 1}
